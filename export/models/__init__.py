@@ -1,0 +1,1 @@
+"""Reference models: the architectures of METHODS, each a few dozen lines."""

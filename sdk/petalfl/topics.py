@@ -1,0 +1,54 @@
+"""MQTT topics of a federation. Names are checked, so no topic can climb or hold a wildcard."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
+def block_meta(federation: str, block: str) -> str:
+    """Retained: the newest `BlockVersion` of a shared block."""
+    return f"fl/v1/{_checked(federation)}/blocks/{_checked(block)}/meta"
+
+
+def block_up(federation: str, block: str, device: str) -> str:
+    """A device's updates of one block."""
+    return f"fl/v1/{_checked(federation)}/blocks/{_checked(block)}/up/{_checked(device)}"
+
+
+def tasks(federation: str, device: str) -> str:
+    """The server's `Task` and `Finish` to one device."""
+    return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/task"
+
+
+def acks(federation: str, device: str) -> str:
+    """The server's receipts to one device."""
+    return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/ack"
+
+
+def all_down(federation: str, device: str) -> str:
+    """Filter: what a device subscribes to."""
+    return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/+"
+
+
+def request(federation: str, device: str) -> str:
+    """A device's `Ready` and `Report`."""
+    return f"fl/v1/{_checked(federation)}/req/{_checked(device)}"
+
+
+def status(federation: str, device: str) -> str:
+    """Retained: a device's birth, or its last will."""
+    return f"fl/v1/{_checked(federation)}/dev/{_checked(device)}/status"
+
+
+def from_devices(federation: str) -> tuple[str, str, str]:
+    """Filters: what the server subscribes to."""
+    root = f"fl/v1/{_checked(federation)}"
+    return f"{root}/blocks/+/up/+", f"{root}/req/+", f"{root}/dev/+/status"
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name[:70]!r} is no name: expected 1 to 64 of a-z, 0-9 and '-'")
+    return name

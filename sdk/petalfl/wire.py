@@ -1,0 +1,283 @@
+"""The wire: every message between device and server, as bytes and back.
+
+A message is one msgpack map: ``{"v": 1, "t": type, ...fields}``. `decode` is the door: what it
+returns is well-formed, and hostile bytes raise `WireError` alone. A block update travels as one
+`UpdateManifest`, its chunks, and a `Fin`; only the server's `Receipt` ends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgpack
+import numpy as np
+
+from petalfl.engine import Vector
+from petalfl.errors import WireError
+from petalfl.model import MAX_BLOCK_SIZE
+from petalfl.schema import Limit, Name, Sha256, plain, read
+from petalfl.training import Hyperparameters
+
+WIRE_VERSION = 1
+CHUNK_BYTES = 120 * 1024
+MAX_HEADER_BYTES = 2048
+MAX_MESSAGE_BYTES = CHUNK_BYTES + MAX_HEADER_BYTES
+MAX_TASK_BLOCKS = 128
+
+Count = Annotated[int, Limit(0, 1 << 40)]
+Positive = Annotated[int, Limit(1, 1 << 40)]
+UpdateId = Annotated[bytes, Limit(16, 16)]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A device's birth (retained) or, as its last will, its death."""
+
+    is_online: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A device can take a task, now or again after a break."""
+
+    modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateManifest:
+    """Announces a block update: what it is, how long, and the digest of its payload."""
+
+    update_id: UpdateId
+    block: Name
+    round_num: Positive
+    base_version: Positive
+    num_examples: Positive
+    codec: Literal["f32"]
+    num_bytes: Annotated[int, Limit(1, 4 * MAX_BLOCK_SIZE)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Bytes ``[index * CHUNK_BYTES, ...)`` of an update's payload."""
+
+    update_id: UpdateId
+    index: Annotated[int, Limit(0, 1 << 20)]
+    data: Annotated[bytes, Limit(1, CHUNK_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Fin:
+    """All chunks were sent; the server answers with a `Receipt`."""
+
+    update_id: UpdateId
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A device has trained its round. ``loss`` is the mean over its batches."""
+
+    update_id: UpdateId
+    round_num: Positive
+    num_examples: Positive
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The server's word on an update or a report.
+
+    Attributes:
+        status: accepted: it is durable; rejected: drop it, for ``reason``; missing: send the
+            chunks whose bit in ``missing`` is 1 (bit i of byte i // 8, low bit first), or,
+            where ``missing`` is empty, everything from the manifest on.
+    """
+
+    update_id: UpdateId
+    status: Literal["accepted", "rejected", "missing"]
+    reason: Annotated[str, Limit(0, 256)] = ""
+    missing: Annotated[bytes, Limit(0, CHUNK_BYTES)] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockVersion:
+    """A version of a shared block and the digest of its float32 vector."""
+
+    version: Positive
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Train one round: fetch ``blocks``, train, send the delta of each of them.
+
+    Attributes:
+        blocks: The shared blocks of this device, with their base versions.
+        seed: Orders the examples and draws the dropout masks.
+    """
+
+    round_num: Positive
+    num_rounds: Count  # 0: no end is planned
+    hyperparameters: Hyperparameters
+    seed: Count
+    blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The last round is over; ``blocks`` are the final versions for this device."""
+
+    blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
+
+
+Message: TypeAlias = (
+    Status | Ready | UpdateManifest | Chunk | Fin | Report | Receipt | BlockVersion | Task | Finish
+)
+
+_TYPES: dict[str, type[Message]] = {
+    "status": Status,
+    "ready": Ready,
+    "update": UpdateManifest,
+    "chunk": Chunk,
+    "fin": Fin,
+    "report": Report,
+    "receipt": Receipt,
+    "version": BlockVersion,
+    "task": Task,
+    "finish": Finish,
+}
+_NAMES = {cls: name for name, cls in _TYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """The message as bytes, at most `MAX_MESSAGE_BYTES`.
+
+    Raises:
+        ValueError: It is longer, which a message within its schema's limits can only be when it
+            names very many blocks.
+    """
+    fields = {"v": WIRE_VERSION, "t": _NAMES[type(message)], **plain(message)}
+    data: bytes = msgpack.packb(fields, use_bin_type=True)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """The message in ``data``, checked against its schema.
+
+    Raises:
+        WireError: Anything else than a well-formed message of this wire version.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}")
+    fields = _unpack(data)
+    if not isinstance(fields, dict):
+        raise WireError(f"expected a map, found {type(fields).__name__}")
+    version, name = fields.pop("v", None), fields.pop("t", None)
+    if type(version) is not int or version != WIRE_VERSION:
+        raise WireError(f"expected wire version {WIRE_VERSION}, found {str(version)[:20]!r}")
+    cls = _TYPES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise WireError(f"unknown message type {str(name)[:20]!r}")
+    try:
+        return read(cls, fields)  # type: ignore[return-value]
+    except ValueError as error:
+        raise WireError(str(error)) from error
+
+
+def _unpack(data: bytes) -> Any:
+    try:
+        # A task with the most blocks has the longest map; nothing else nests deeper than it.
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=256,
+            max_map_len=MAX_TASK_BLOCKS,
+            max_str_len=256,
+            max_bin_len=CHUNK_BYTES,
+            max_ext_len=0,
+            ext_hook=_refuse_extension,
+        )
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
+        raise WireError(f"no msgpack message: {error}") from error
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise WireError(f"msgpack extension type {code} is not part of the wire")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUpdate:
+    """A decoded update: ``delta`` = local - base, float32 ``(block.size,)``, finite."""
+
+    update_id: bytes
+    device: str
+    block: str
+    round_num: int
+    base_version: int
+    num_examples: int
+    delta: Vector
+
+
+def encode_payload(delta: Vector) -> bytes:
+    """Codec ``f32``: the delta as little-endian float32."""
+    return delta.astype("<f4", copy=False).tobytes()
+
+
+def decode_payload(manifest: UpdateManifest, payload: bytes, device: str, size: int) -> BlockUpdate:
+    """The update in a complete payload.
+
+    Args:
+        size: The block's number of parameters.
+
+    Raises:
+        WireError: Wrong length or digest, or a value that is not finite.
+    """
+    if len(payload) != manifest.num_bytes or len(payload) != 4 * size:
+        raise WireError(
+            f"block {manifest.block}: a payload of {len(payload)} bytes, expected {4 * size}"
+        )
+    if hashlib.sha256(payload).hexdigest() != manifest.sha256:
+        raise WireError(f"block {manifest.block}: the payload's sha256 is not the manifest's")
+    delta = np.frombuffer(payload, "<f4").astype(np.float32, copy=False)
+    if not np.isfinite(delta).all():
+        raise WireError(f"block {manifest.block}: the delta holds NaN or infinity")
+    return BlockUpdate(
+        manifest.update_id,
+        device,
+        manifest.block,
+        manifest.round_num,
+        manifest.base_version,
+        manifest.num_examples,
+        delta,
+    )
+
+
+def num_chunks(num_bytes: int) -> int:
+    """How many chunks a payload of that length travels in."""
+    return -(-num_bytes // CHUNK_BYTES)
+
+
+def split_chunks(update_id: bytes, payload: bytes) -> Iterator[Chunk]:
+    """The payload's chunks in order."""
+    for index in range(num_chunks(len(payload))):
+        start = index * CHUNK_BYTES
+        yield Chunk(update_id, index, payload[start : start + CHUNK_BYTES])
+
+
+def missing_bitmap(missing: set[int], total: int) -> bytes:
+    """Bit i is 1 where chunk i of ``total`` is missing: byte i // 8, low bit first."""
+    bits = np.zeros(total, np.uint8)
+    bits[sorted(missing)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def read_bitmap(bitmap: bytes, total: int) -> set[int]:
+    """The inverse of `missing_bitmap`; bits beyond ``total`` are ignored."""
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")[:total]
+    return {int(i) for i in np.flatnonzero(bits)}

@@ -1,0 +1,247 @@
+"""The child process of the embedded broker: amqtt 0.12.1, with its gaps closed.
+
+Left alone, amqtt would: send anyone who connects the retained messages of others; publish a
+last will past the access rules; look up, and overwrite, the session of a client id before it
+checks the password; hand the session of one user to another with the same client id; never
+notice a silent peer; wait forever on one that stopped reading; forget messages it has
+acknowledged when their sender leaves; and read packets of 256 MB. `GuardedBroker` overrides its
+private methods for that, hence the pin to one version in pyproject.toml.
+
+Commands come as JSON lines on stdin and are answered on stdout. At the end of stdin the process
+exits: the parent may be gone by kill -9, and no orphan may keep the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from typing import Any
+
+from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
+from amqtt.broker import Broker as AmqttBroker
+from amqtt.contexts import Action
+from amqtt.errors import AMQTTError
+from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
+
+from .credentials import Credential
+from .grants import Grants, covers, device_grants, server_grants
+
+MAX_PACKET_BYTES = 1 << 20
+CONNECT_TIMEOUT_S = 10.0
+_MAX_COMMAND_BYTES = 1 << 26  # the first command holds all credentials
+_LISTENER = "default"
+
+logger = logging.getLogger("petalfl.broker")
+
+
+class _Reader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt is untyped
+    """A reader that bounds a packet and knows when its peer last finished one."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.heard_s = asyncio.get_running_loop().time()
+        self.max_silence_s = math.inf
+
+    async def read(self, n: int = -1) -> bytes:
+        if n > MAX_PACKET_BYTES:
+            raise ValueError(f"found a packet of {n} bytes; at most {MAX_PACKET_BYTES} are read")
+        data: bytes = await super().read(n)
+        self.heard_s = asyncio.get_running_loop().time()
+        return data
+
+
+class _Writer(StreamWriterAdapter):  # type: ignore[misc]
+    """A writer that hangs up at once; amqtt's waits for a peer that stopped reading."""
+
+    async def close(self) -> None:
+        self.is_closed = True
+        self._writer.transport.abort()
+
+
+class GuardedBroker(AmqttBroker):  # type: ignore[misc]
+    """amqtt with our logins and grants, checked at CONNECT, publish, subscribe and delivery."""
+
+    def __init__(self, federation: str, server: str, credentials: dict[str, Credential]) -> None:
+        # No plugins: the default ones let anybody in, log every packet and publish $SYS topics.
+        super().__init__({"listeners": {_LISTENER: {"type": "external"}}, "plugins": {}})
+        self._federation = federation
+        self._credentials = credentials
+        self._grants = {
+            name: device_grants(federation, name) for name in credentials.keys() - {server}
+        }
+        self._grants[server] = server_grants(federation)
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one TCP connection to its end."""
+        hang_up = _Writer(writer)
+        try:
+            await self.external_connected(_Reader(reader), hang_up, _LISTENER)
+        finally:
+            await hang_up.close()
+
+    async def grant(self, device: str, credential: Credential) -> None:
+        """Let a device in with this credential only."""
+        self._credentials[device] = credential
+        self._grants[device] = device_grants(self._federation, device)
+        await self._cut(device)
+
+    async def revoke(self, device: str) -> None:
+        """Let a device in no more."""
+        self._credentials.pop(device, None)
+        self._grants.pop(device, None)
+        await self._cut(device)
+
+    async def _cut(self, username: str) -> None:
+        for client_id, (session, _) in list(self._sessions.items()):
+            if session.username == username:
+                await self._cleanup_session(client_id)
+
+    # What follows overrides amqtt.
+
+    async def _authenticate(self, session: Any, _: Any = None) -> bool:
+        credential = self._credentials.get(session.username)
+        return credential is not None and credential.admits(session.password or "")
+
+    async def _topic_filtering(self, session: Any, topic: str, action: Any) -> bool:
+        # Unlike amqtt's plugin call this never yields to the loop, during which a change of the
+        # subscriptions would break the iteration in `_run_broadcast` and lose the message.
+        grants = self._grants.get(session.username, Grants((), ()))
+        filters = grants.publish if action == Action.PUBLISH else grants.receive
+        return any(covers(granted, topic) for granted in filters)
+
+    async def _initialize_client_session(
+        self, reader: _Reader, writer: _Writer, remote_address: str, remote_port: int
+    ) -> tuple[Any, Any]:
+        try:
+            handler, session = await asyncio.wait_for(
+                BrokerProtocolHandler.init_from_connect(reader, writer, self.plugins_manager),
+                CONNECT_TIMEOUT_S,
+            )
+        except Exception as error:  # any bytes may arrive here
+            raise AMQTTError(f"no CONNECT from {remote_address}: {error!r}") from error
+        if not await self._may_connect(session):
+            logger.warning("refused %r from %s", session.username, remote_address)
+            await ConnackPacket.build(0, NOT_AUTHORIZED).to_stream(writer)
+            raise AMQTTError("not authorized")
+        await self._make_fresh(session, reader)
+        return handler, session
+
+    async def _may_connect(self, session: Any) -> bool:
+        if not await self._authenticate(session):
+            return False
+        if not session.will_flag:
+            return True
+        return await self._topic_filtering(session, session.will_topic, Action.PUBLISH)
+
+    async def _make_fresh(self, session: Any, reader: _Reader) -> None:
+        """Give every connection a clean session under a client id of its own user."""
+        session.client_id = f"{session.username}/{session.client_id}"
+        session.clean_session, session.parent = True, 0
+        # Silence is ours to judge: amqtt would arm a timer per packet and then ignore it.
+        reader.max_silence_s = 1.5 * session.keep_alive or math.inf
+        session.keep_alive = 0
+        while session.client_id in self._sessions:
+            await self._cleanup_session(session.client_id)
+
+    async def _handle_client_session(
+        self, reader: _Reader, writer: _Writer, client_session: Any, handler: Any, *rest: Any
+    ) -> None:
+        try:
+            await super()._handle_client_session(reader, writer, client_session, handler, *rest)
+        finally:
+            if self._get_handler(client_session) is handler:
+                await self._cleanup_session(client_session.client_id)
+
+    async def _cleanup_session(self, client_id: str) -> None:
+        handler = self._sessions.get(client_id, (None, None))[1]
+        if handler is not None and handler.writer is not None:
+            await handler.writer.close()  # ends the reader, for which `stop` would wait
+        await super()._cleanup_session(client_id)
+
+    async def _handle_disconnect(self, client_session: Any, handler: Any, waiter: Any) -> None:
+        while not client_session.delivered_message_queue.empty():  # acknowledged already
+            message: asyncio.Future[Any] = asyncio.Future()
+            message.set_result(client_session.delivered_message_queue.get_nowait())
+            await self._handle_message_delivery(client_session, handler, message)
+        await super()._handle_disconnect(client_session, handler, waiter)
+
+    async def _publish_retained_messages_for_subscription(
+        self, subscription: tuple[str, int], session: Any
+    ) -> None:
+        # On connect amqtt calls this with everybody's filters.
+        owners = self._subscriptions.get(subscription[0], ())
+        if any(owner is session for owner, _ in owners):
+            await super()._publish_retained_messages_for_subscription(subscription, session)
+
+    async def _session_monitor(self) -> None:
+        while True:
+            now_s = asyncio.get_running_loop().time()
+            for _, handler in list(self._sessions.values()):
+                reader = handler.reader
+                if reader is not None and now_s - reader.heard_s > reader.max_silence_s:
+                    await handler.writer.close()  # the peer is gone; now its will is published
+            await asyncio.sleep(1)
+
+
+async def serve() -> None:
+    """Answer the parent's commands until stdin ends."""
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader(limit=_MAX_COMMAND_BYTES)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    broker: GuardedBroker | None = None
+    async for line in commands:
+        command = json.loads(line)
+        try:
+            if broker is None:
+                broker, answer = await start(command["start"])
+            else:
+                answer = await obey(broker, command)
+        except OSError as error:
+            answer = {"error": f"the embedded broker cannot listen: {error}"}
+        print(json.dumps({"number": command["number"], **answer}), flush=True)
+
+
+async def start(settings: dict[str, Any]) -> tuple[GuardedBroker, dict[str, Any]]:
+    """Start a broker as told; the answer says the port it listens on."""
+    credentials = {name: Credential(**one) for name, one in settings["credentials"].items()}
+    broker = GuardedBroker(settings["federation"], settings["server"], credentials)
+    listener = await asyncio.start_server(
+        broker.accept, settings["host"], settings["port"], limit=MAX_PACKET_BYTES, backlog=1024
+    )
+    await broker.start()
+    return broker, {"port": listener.sockets[0].getsockname()[1]}
+
+
+async def obey(broker: GuardedBroker, command: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one command; it is in force when the answer is written."""
+    if "grant" in command:
+        await broker.grant(command["grant"], Credential(**command["credential"]))
+    else:
+        await broker.revoke(command["revoke"])
+    return {}
+
+
+def main() -> None:
+    """Run until the parent closes our stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the parent decides
+    # amqtt logs a traceback for every receiver that takes over 5 s to acknowledge.
+    logging.getLogger("amqtt").setLevel(logging.CRITICAL)
+    try:
+        asyncio.run(_serve_and_exit())
+    finally:
+        os._exit(1)
+
+
+async def _serve_and_exit() -> None:
+    await serve()
+    os._exit(0)  # at once: amqtt's tasks may swallow their cancellation
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What the server asks of any MQTT broker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from petalfl.errors import PetalError
+
+
+class BrokerError(PetalError):
+    """A broker that cannot be started, reached or administered."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerEndpoint:
+    """Where an MQTT client connects."""
+
+    host: str
+    port: int
+    is_tls: bool = False
+
+
+class Broker(Protocol):
+    """A broker that lets in the server and the devices it was told of, nobody else.
+
+    `endpoint` and `server_login` (username, password of the aggregator itself) are valid once
+    `start` has returned. Every method may raise `BrokerError`.
+    """
+
+    endpoint: BrokerEndpoint
+    server_login: tuple[str, str]
+
+    async def start(self) -> None:
+        """Bring the broker up, or check that it is there and can be administered."""
+
+    async def grant(self, device: str, password: str) -> None:
+        """Create or replace a device's login; durable and in force on return.
+
+        A connection with the former password is cut.
+        """
+
+    async def revoke(self, device: str) -> None:
+        """Remove a device's login and cut its connection; an unknown device is no error."""
+
+    async def close(self) -> None:
+        """Release what `start` acquired; logins stay."""

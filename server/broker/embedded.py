@@ -1,0 +1,140 @@
+"""A broker that needs no installation: amqtt in a child process, driven over its stdin."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import secrets
+import sys
+from asyncio.subprocess import PIPE, Process
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .broker import BrokerEndpoint, BrokerError
+from .credentials import Credential, load_credentials, make_credential, save_credentials
+from .grants import topic_level
+
+HOST = "127.0.0.1"
+SERVER_NAME = "$server"  # no device can have this name: see `topic_level`
+ANSWER_TIMEOUT_S = 20.0
+_CHILD_MODULE = f"{__package__}._amqtt_child"
+
+
+class EmbeddedBroker:
+    """amqtt on the loopback interface, as a child that cannot outlive this process.
+
+    Its traffic costs this process nothing but a socket: a burst cannot stall the server's loop.
+    """
+
+    def __init__(self, data_dir: Path, federation: str, port: int = 0) -> None:
+        self.endpoint = BrokerEndpoint(HOST, port)
+        self.server_login = (SERVER_NAME, "")
+        self._federation = topic_level(federation)
+        self._path = data_dir / "broker" / "credentials.json"
+        self._credentials: dict[str, Credential] = {}
+        self._child: Process | None = None
+        self._lock = asyncio.Lock()
+        self._numbers = itertools.count()
+
+    async def start(self) -> None:
+        """Start the child and wait until it listens; the server gets a fresh password."""
+        if self._child is not None:
+            raise ValueError("the embedded broker is already started; close it first")
+        self._credentials = load_credentials(self._path)
+        self.server_login = (SERVER_NAME, secrets.token_urlsafe(32))
+        self._child = await _spawn()
+        try:
+            answer = await self._ask(start=self._settings())
+        except BaseException:
+            await self.close()
+            raise
+        self.endpoint = BrokerEndpoint(HOST, answer["port"])
+
+    async def grant(self, device: str, password: str) -> None:
+        """Create or replace a device's login."""
+        credential = make_credential(password)
+        async with self._lock:
+            await self._save({**self._credentials, topic_level(device): credential})
+            await self._ask(grant=device, credential=asdict(credential))
+
+    async def revoke(self, device: str) -> None:
+        """Remove a device's login and cut its connections."""
+        async with self._lock:
+            rest = {name: one for name, one in self._credentials.items() if name != device}
+            await self._save(rest)
+            if device != SERVER_NAME:
+                await self._ask(revoke=device)
+
+    async def close(self) -> None:
+        """End the child, if there is one."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        assert child.stdin is not None
+        child.stdin.close()
+        try:
+            await asyncio.wait_for(child.wait(), 5)
+        except asyncio.TimeoutError:
+            child.kill()
+            await child.wait()
+
+    def _settings(self) -> dict[str, Any]:
+        logins = {**self._credentials, SERVER_NAME: make_credential(self.server_login[1])}
+        return {
+            "host": HOST,
+            "port": self.endpoint.port,
+            "federation": self._federation,
+            "server": SERVER_NAME,
+            "credentials": {name: asdict(one) for name, one in logins.items()},
+        }
+
+    async def _save(self, credentials: dict[str, Credential]) -> None:
+        await asyncio.to_thread(save_credentials, self._path, credentials)
+        self._credentials = credentials
+
+    async def _ask(self, **command: Any) -> dict[str, Any]:
+        """Send one command and return its answer, skipping those to cancelled commands."""
+        number = next(self._numbers)
+        child = self._child
+        if child is None:
+            raise BrokerError("the embedded broker is not running; start it first")
+        assert child.stdin is not None
+        child.stdin.write(json.dumps({"number": number, **command}).encode() + b"\n")
+        answer: dict[str, Any] = {}
+        while answer.get("number") != number:
+            answer = await _read_answer(child)
+        if "error" in answer:
+            raise BrokerError(answer["error"])
+        return answer
+
+
+async def _spawn() -> Process:
+    # The child must find this package wherever the parent found it, whatever its name.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", _CHILD_MODULE, stdin=PIPE, stdout=PIPE, env=environment
+        )
+    except OSError as error:
+        raise BrokerError(f"cannot start the embedded broker: {error}") from error
+
+
+async def _read_answer(child: Process) -> dict[str, Any]:
+    assert child.stdout is not None
+    try:
+        line = await asyncio.wait_for(child.stdout.readline(), ANSWER_TIMEOUT_S)
+    except asyncio.TimeoutError as error:
+        raise BrokerError(
+            f"the embedded broker (pid {child.pid}) gave no answer in {ANSWER_TIMEOUT_S:.0f} s"
+        ) from error
+    if not line:
+        code = await child.wait()
+        raise BrokerError(
+            f"the embedded broker (pid {child.pid}) ended with code {code}; its last words are "
+            "on stderr; restart the server"
+        )
+    answer: dict[str, Any] = json.loads(line)
+    return answer
