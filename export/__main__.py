@@ -76,7 +76,9 @@ def _table(manifest: ModelManifest, out: Path) -> str:
         rows.append((b.name, b.kind, f"{b.size:,}", policy))
     rows.append(("total", "", f"{sum(b.size for b in manifest.blocks):,}", ""))
     lines = [f"{a:<20}{b:<10}{c:>12}  {d}".rstrip() for a, b, c, d in rows]
-    return "\n".join([*lines, f"written to {out}; serve it with: python -m server --artifacts {out}"])
+    return "\n".join(
+        [*lines, f"written to {out}; serve it with: python -m server --artifacts {out}"]
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from petalfl.errors import ModelError
 from petalfl.model import (
     FORMAT_VERSION,
@@ -20,7 +22,6 @@ from petalfl.model import (
     ModelManifest,
     Parameter,
 )
-from torch import Tensor, nn
 
 from .graph import BlockGraphs, build_graphs
 from .law import check_one_step
@@ -40,7 +41,11 @@ def export_model(
     Raises:
         ModelError: A block cannot be exported exactly, or ``out`` holds something else.
     """
-    if out.exists() and not (out / MANIFEST_NAME).exists() and (out.is_file() or any(out.iterdir())):
+    if (
+        out.exists()
+        and not (out / MANIFEST_NAME).exists()
+        and (out.is_file() or any(out.iterdir()))
+    ):
         raise ModelError(f"{out} holds something that is no artifacts folder; choose another --out")
     _refuse_shared_parameters(model)
     out.parent.mkdir(parents=True, exist_ok=True)

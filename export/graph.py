@@ -22,9 +22,10 @@ import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi._pybind_state import GradientGraphBuilder, get_optimized_model
+from torch import Tensor, nn
+
 from petalfl.errors import ModelError
 from petalfl.model import Dropout
-from torch import Tensor, nn
 
 OPSET = 17
 PARAMETERS, GRADIENT, UPSTREAM, LABELS, LOSS = "parameters", "gradient", "g", "labels", "loss"

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from petalfl.engine import OrtTrainingEngine
 from petalfl.errors import ModelError
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Masks, draw_masks, step_gradients
-from torch import Tensor, nn
 
 from .model import BlockModel
 

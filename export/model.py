@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from petalfl.errors import ModelError
 from torch import Tensor, nn
+
+from petalfl.errors import ModelError
 
 
 class BlockModel(nn.Module):

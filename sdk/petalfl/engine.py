@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from petalfl.errors import ModelError
 from petalfl.model import Artifact, Block, read_artifact
+from petalfl.vectors import Vector
 
-Vector: TypeAlias = NDArray[np.float32]
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 

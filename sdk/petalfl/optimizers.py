@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from petalfl.engine import Vector
+from petalfl.vectors import Vector
 
 
 class ClientOptimizer(NamedTuple):

@@ -48,7 +48,7 @@ def read(cls: type[T], value: object, where: str = "") -> T:
     where = where or cls.__name__
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: expected a mapping, found {_show(value)}")
-    hints, required = _fields(cls)
+    hints, required = _fields(typing.cast(typing.Hashable, cls))
     if unknown := [key for key in value if key not in hints]:
         raise ValueError(f"{where}: unknown field {_show(unknown[0])}")
     if missing := required - value.keys():
@@ -68,7 +68,7 @@ def plain(value: Any) -> Any:
 
 
 @functools.cache
-def _fields(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
+def _fields(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
     fields = dataclasses.fields(cls)
     required = frozenset(
         f.name
@@ -107,7 +107,7 @@ def _read_as(hint: Any, value: Any, where: str) -> Any:
     return _scalar(hint, value, where)
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
+def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:

@@ -13,11 +13,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from petalfl.engine import Arrays, Engine, Vector
+from petalfl.engine import Arrays, Engine
 from petalfl.errors import DataError
 from petalfl.model import Block, ModelManifest
 from petalfl.optimizers import sgd
 from petalfl.schema import Limit
+from petalfl.vectors import Vector
 
 Parameters = Mapping[str, Vector]  # by block
 Masks = Mapping[str, Mapping[str, NDArray[np.float32]]]  # by block, by mask input

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgpack
 import numpy as np
 
-from petalfl.engine import Vector
 from petalfl.errors import WireError
 from petalfl.model import MAX_BLOCK_SIZE
 from petalfl.schema import Limit, Name, Sha256, plain, read
 from petalfl.training import Hyperparameters
+from petalfl.vectors import Vector, from_bytes
 
 WIRE_VERSION = 1
 CHUNK_BYTES = 120 * 1024
@@ -184,7 +184,7 @@ def decode(data: bytes) -> Message:
     if cls is None:
         raise WireError(f"unknown message type {str(name)[:20]!r}")
     try:
-        return read(cls, fields)  # type: ignore[return-value]
+        return read(cls, fields)
     except ValueError as error:
         raise WireError(str(error)) from error
 
@@ -224,11 +224,6 @@ class BlockUpdate:
     delta: Vector
 
 
-def encode_payload(delta: Vector) -> bytes:
-    """Codec ``f32``: the delta as little-endian float32."""
-    return delta.astype("<f4", copy=False).tobytes()
-
-
 def decode_payload(manifest: UpdateManifest, payload: bytes, device: str, size: int) -> BlockUpdate:
     """The update in a complete payload.
 
@@ -238,15 +233,12 @@ def decode_payload(manifest: UpdateManifest, payload: bytes, device: str, size: 
     Raises:
         WireError: Wrong length or digest, or a value that is not finite.
     """
-    if len(payload) != manifest.num_bytes or len(payload) != 4 * size:
-        raise WireError(
-            f"block {manifest.block}: a payload of {len(payload)} bytes, expected {4 * size}"
-        )
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise WireError(f"block {manifest.block}: the payload's sha256 is not the manifest's")
-    delta = np.frombuffer(payload, "<f4").astype(np.float32, copy=False)
-    if not np.isfinite(delta).all():
-        raise WireError(f"block {manifest.block}: the delta holds NaN or infinity")
+    try:
+        delta = from_bytes(payload, size)
+    except ValueError as error:
+        raise WireError(f"block {manifest.block}: {error}") from error
     return BlockUpdate(
         manifest.update_id,
         device,

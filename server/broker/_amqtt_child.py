@@ -3,9 +3,10 @@
 Left alone, amqtt would: send anyone who connects the retained messages of others; publish a
 last will past the access rules; look up, and overwrite, the session of a client id before it
 checks the password; hand the session of one user to another with the same client id; never
-notice a silent peer; wait forever on one that stopped reading; forget messages it has
-acknowledged when their sender leaves; and read packets of 256 MB. `GuardedBroker` overrides its
-private methods for that, hence the pin to one version in pyproject.toml.
+notice a silent peer, or one that leaves at once; wait forever on one that stopped reading;
+forget messages it has acknowledged when their sender leaves; and read packets of 256 MB.
+`GuardedBroker` overrides its private methods for that, hence the pin to one version in
+pyproject.toml.
 
 Commands come as JSON lines on stdin and are answered on stdout. At the end of stdin the process
 exits: the parent may be gone by kill -9, and no orphan may keep the port.
@@ -14,6 +15,7 @@ exits: the parent may be gone by kill -9, and no orphan may keep the port.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import math
@@ -62,6 +64,31 @@ class _Writer(StreamWriterAdapter):  # type: ignore[misc]
     async def close(self) -> None:
         self.is_closed = True
         self._writer.transport.abort()
+
+
+class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
+    """A protocol handler that notices a peer which leaves as soon as it is let in.
+
+    amqtt makes its future for that after it starts to read, and may wait on it forever.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._end: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    async def handle_disconnect(self, disconnect: Any) -> None:
+        if not self._end.done():
+            self._end.set_result(disconnect)
+
+    async def handle_connect(self, connect: Any) -> None:
+        await self.handle_disconnect(None)  # a second CONNECT is a breach of the protocol
+
+    async def wait_disconnect(self) -> Any:
+        return await self._end
+
+    async def stop(self) -> None:
+        await super().stop()
+        await self.handle_disconnect(None)
 
 
 class GuardedBroker(AmqttBroker):  # type: ignore[misc]
@@ -120,7 +147,7 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
     ) -> tuple[Any, Any]:
         try:
             handler, session = await asyncio.wait_for(
-                BrokerProtocolHandler.init_from_connect(reader, writer, self.plugins_manager),
+                _Handler.init_from_connect(reader, writer, self.plugins_manager),
                 CONNECT_TIMEOUT_S,
             )
         except Exception as error:  # any bytes may arrive here
@@ -197,25 +224,33 @@ async def serve() -> None:
     broker: GuardedBroker | None = None
     async for line in commands:
         command = json.loads(line)
-        try:
-            if broker is None:
-                broker, answer = await start(command["start"])
-            else:
-                answer = await obey(broker, command)
-        except OSError as error:
-            answer = {"error": f"the embedded broker cannot listen: {error}"}
+        if broker is None:
+            broker, answer = await start(command["start"])
+        else:
+            answer = await obey(broker, command)
         print(json.dumps({"number": command["number"], **answer}), flush=True)
 
 
-async def start(settings: dict[str, Any]) -> tuple[GuardedBroker, dict[str, Any]]:
-    """Start a broker as told; the answer says the port it listens on."""
+async def start(settings: dict[str, Any]) -> tuple[GuardedBroker | None, dict[str, Any]]:
+    """Start a broker as told; the answer says the port it listens on, or the error."""
     credentials = {name: Credential(**one) for name, one in settings["credentials"].items()}
     broker = GuardedBroker(settings["federation"], settings["server"], credentials)
-    listener = await asyncio.start_server(
-        broker.accept, settings["host"], settings["port"], limit=MAX_PACKET_BYTES, backlog=1024
-    )
     await broker.start()
+    host, port = settings["host"], settings["port"]
+    try:
+        listener = await asyncio.start_server(
+            broker.accept, host, port, limit=MAX_PACKET_BYTES, backlog=1024
+        )
+    except OSError as error:
+        return None, {"error": _why_not(port, error)}
     return broker, {"port": listener.sockets[0].getsockname()[1]}
+
+
+def _why_not(port: int, error: OSError) -> str:
+    advice = "free it, give another one as embedded:PORT, or let 'embedded' choose"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use by another process; {advice}"
+    return f"cannot listen on port {port} ({error}); {advice}"
 
 
 async def obey(broker: GuardedBroker, command: dict[str, Any]) -> dict[str, Any]:

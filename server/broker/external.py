@@ -19,14 +19,15 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 
 from .broker import BrokerEndpoint, BrokerError
 from .grants import Grants, device_grants, server_grants, topic_level
 
 CONTROL = "$CONTROL/dynamic-security/v1"
 ANSWER_TIMEOUT_S = 5.0
+_FORM = "mqtt(s)://user:password@host:port"
 _DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
-_UNTYPED: Any = paho.Client  # its callbacks are typed as a union over two API versions
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -142,8 +143,8 @@ class _Exchange:
             raise BrokerError(self._error)
         return self._answers
 
-    def _connect(self) -> Any:
-        client = _UNTYPED(paho.CallbackAPIVersion.VERSION2)
+    def _connect(self) -> paho.Client:
+        client = paho.Client(CallbackAPIVersion.VERSION2)
         client.username_pw_set(*self._login)
         if self._endpoint.is_tls:
             client.tls_set()
@@ -159,7 +160,7 @@ class _Exchange:
             ) from error
         return client
 
-    def _step(self, client: Any, deadline_s: float) -> None:
+    def _step(self, client: paho.Client, deadline_s: float) -> None:
         if time.monotonic() > deadline_s:
             self._error = (
                 f"the MQTT broker at {self._where} gave no answer in {ANSWER_TIMEOUT_S:.0f} s; "
@@ -169,23 +170,27 @@ class _Exchange:
             reason = paho.error_string(code)
             self._error = f"the MQTT broker at {self._where} closed the connection: {reason}"
 
-    def _on_connect(self, client: Any, _data: Any, _flags: Any, reason: Any, _props: Any) -> None:
+    def _on_connect(
+        self, client: paho.Client, _data: Any, _flags: Any, reason: Any, _props: Any
+    ) -> None:
         if reason.is_failure:
             user = self._login[0]
             self._error = f"the MQTT broker at {self._where} refused the login {user!r}: {reason}"
         else:
-            client.subscribe(f"{CONTROL}/response", qos=1)
+            client.subscribe(f"{CONTROL}/response")
 
-    def _on_subscribe(self, client: Any, _data: Any, _mid: Any, reasons: Any, _props: Any) -> None:
+    def _on_subscribe(
+        self, client: paho.Client, _data: Any, _mid: Any, reasons: Any, _props: Any
+    ) -> None:
         if reasons[0].is_failure:
             self._error = (
                 f"the login {self._login[0]!r} may not administer the broker at {self._where}; "
                 "give it the role that 'mosquitto_ctrl dynsec init' creates for the admin"
             )
         else:
-            client.publish(CONTROL, json.dumps({"commands": self._commands}), qos=1)
+            client.publish(CONTROL, json.dumps({"commands": self._commands}))
 
-    def _on_message(self, _client: Any, _data: Any, message: Any) -> None:
+    def _on_message(self, _client: paho.Client, _data: Any, message: Any) -> None:
         # Every administrator's answers come on this one topic.
         answers = json.loads(message.payload).get("responses", [])
         self._answers += [one for one in answers if one.get("correlationData") == self._tag]
@@ -217,14 +222,14 @@ def parse_url(url: str) -> tuple[BrokerEndpoint, tuple[str, str]]:
     Raises:
         BrokerError: Not such a URL, or no login in it nor in the environment.
     """
-    parts = urlsplit(url)
+    found = url.rpartition("@")[2]  # never a password in a message
     try:
+        parts = urlsplit(url)
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
-    except (ValueError, KeyError):
-        port = 0
-    if not parts.hostname or not port or parts.path.strip("/") or parts.query or parts.fragment:
-        found = url.rpartition("@")[2]
-        raise BrokerError(f"found the broker {found!r}; expected mqtt(s)://user:password@host:port")
+    except (ValueError, KeyError) as error:
+        raise BrokerError(f"found the broker {found!r} ({error}); expected {_FORM}") from error
+    if not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
+        raise BrokerError(f"found the broker {found!r}; expected {_FORM}")
     return BrokerEndpoint(parts.hostname, port, parts.scheme == "mqtts"), _login(parts)
 
 
@@ -233,7 +238,7 @@ def _login(parts: SplitResult) -> tuple[str, str]:
     password = unquote(parts.password or "") or os.environ.get("PETALFL_BROKER_PASSWORD", "")
     if not username or not password:
         raise BrokerError(
-            f"no login for the broker at {parts.hostname}; write mqtt://user:password@host:port, "
+            f"no login for the broker at {parts.hostname}; write {_FORM}, "
             "or set PETALFL_BROKER_USERNAME and PETALFL_BROKER_PASSWORD"
         )
     return username, password

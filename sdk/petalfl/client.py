@@ -1,0 +1,486 @@
+"""`EdgeClient`: a device's part in a federation, in ten lines of an app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from petalfl import topics, wire
+from petalfl.data import check_inputs, check_labels
+from petalfl.errors import PetalError, StoreError, TransportError, WireError
+from petalfl.http import HttpClient
+from petalfl.local_model import LocalModel
+from petalfl.model import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Artifact,
+    Block,
+    ModelManifest,
+    check_artifact,
+)
+from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.schema import Limit, read
+from petalfl.store import DeviceStore, Identity, Outgoing, Shared, State
+from petalfl.training import TrainingResult, train
+from petalfl.transport import Transport
+from petalfl.uplink import Uplink
+from petalfl.vectors import Vector, from_bytes, to_bytes
+
+log = logging.getLogger("petalfl.client")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundInfo:
+    """A round is about to be trained; ``num_rounds`` is 0 where no end is planned."""
+
+    round_num: int
+    num_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Where the federation's broker is now."""
+
+    mqtt_host: Annotated[str, Limit(1, 256)]
+    mqtt_port: Annotated[int, Limit(1, 65535)]
+    mqtt_is_tls: bool
+
+
+class EdgeClient:
+    """Trains a device's blocks on its own data and shares what may be shared.
+
+    Args:
+        url: The server, ``http(s)://host:port``.
+        token: The join token that the server prints; needed until the device is enrolled.
+        data: By modality: float32 ``(n, *shape)``. Which modalities are here decides which
+            blocks the device holds.
+        labels: int ``(n,)``.
+        store: A folder of this client's own; keeps credential, private blocks and outbox.
+        device: A name of 1 to 64 lower-case letters, digits and dashes; the default is random.
+        federation: Its name on the server.
+        on_round: Called, on the training thread, when a round's blocks are in place and before
+            they are trained: the moment to evaluate.
+        on_progress: Called, on the training thread, with the batches done and their total.
+        num_threads: Of each ONNX Runtime session.
+        executor: Runs training and downloads; the default is asyncio's.
+
+    Raises:
+        StoreError: The store is open in another client, or damaged.
+        ValueError: ``url`` or ``device`` is malformed.
+
+    Example:
+        >>> client = EdgeClient(url, token=token, data=data, labels=labels, store=path)
+        >>> client.run()                                    # doctest: +SKIP
+        >>> client.predict({"acc": window})                 # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str = "",
+        data: Mapping[str, ArrayLike] | None = None,
+        labels: ArrayLike | None = None,
+        store: str | os.PathLike[str],
+        device: str = "",
+        federation: str = "default",
+        on_round: Callable[[RoundInfo], None] = lambda info: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        num_threads: int = 1,
+        executor: Executor | None = None,
+    ) -> None:
+        self._http = HttpClient(url)
+        self._token = token
+        self._federation = federation
+        self._device = device or f"device-{secrets.token_hex(4)}"
+        topics.status(federation, self._device)  # refuses malformed names here and now
+        self._data, self._labels = data, labels
+        self._on_round, self._on_progress = on_round, on_progress
+        self._num_threads, self._executor = num_threads, executor
+        self._store = DeviceStore(Path(store))
+        try:
+            self._identity = self._store.read_identity()
+            self._state = self._store.read_state()
+        except StoreError:
+            self._store.close()
+            raise
+        self._model: LocalModel | None = None
+        self._model_lock = threading.Lock()
+        self._versions: dict[str, int] = {}
+        self._stopped: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def device(self) -> str:
+        """The name under which the server knows this device."""
+        return self._identity.device if self._identity else self._device
+
+    def run(self) -> None:
+        """Takes part until the federation's last round or `stop`; blocks. See `arun`."""
+        asyncio.run(self.arun())
+
+    async def arun(self) -> None:
+        """Takes part until the federation's last round or `stop`.
+
+        Enrolls first if need be. Broken connections are mended; what was trained and has no
+        receipt yet is sent again, also after a restart.
+
+        Raises:
+            PetalError: Enrollment is refused, the data does not fit the model, the server cannot
+                be reached at the start, or training failed.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        await self._call(self._prepare)
+        inputs, labels = self._checked_data()
+        session = await self._call(self._get_session)
+        await self._take_part(session, inputs, labels)
+
+    def stop(self) -> None:
+        """Makes `run` return soon; from any thread. An update on its way stays in the outbox."""
+        if self._loop is not None and self._stopped is not None:
+            self._loop.call_soon_threadsafe(self._stopped.set)
+
+    def close(self) -> None:
+        """Gives the store back to other clients."""
+        self._store.close()
+
+    def __enter__(self) -> EdgeClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def predict(self, inputs: Mapping[str, ArrayLike]) -> NDArray[np.int64]:
+        """The most likely class of each example ``(n,)``; see `predict_proba`."""
+        classes: NDArray[np.int64] = self.predict_proba(inputs).argmax(axis=1)
+        return classes
+
+    def predict_proba(self, inputs: Mapping[str, ArrayLike]) -> NDArray[np.float32]:
+        """Class probabilities ``(n, num_classes)`` of the personalized model; works offline.
+
+        Args:
+            inputs: Any subset of the device's modalities, as in `LocalModel.predict_proba`.
+
+        Raises:
+            DataError: The inputs do not fit the model.
+            StoreError: The device has not got the model yet.
+        """
+        return self._current_model().predict_proba(inputs)
+
+    def evaluate(self, inputs: Mapping[str, ArrayLike], labels: ArrayLike) -> dict[str, float]:
+        """Accuracy and macro-F1 of the personalized model; errors as in `predict_proba`."""
+        return self._current_model().evaluate(inputs, labels)
+
+    # Getting ready: enrollment, the manifest, the artifacts of the blocks held.
+
+    def _prepare(self) -> None:
+        if self._identity is None:
+            self._enroll()
+        assert self._identity is not None
+        self._http.use_login(self._identity.device, self._identity.password)
+        manifest_bytes = self._http.get(self._path("manifest"), MAX_MANIFEST_BYTES)
+        manifest = ModelManifest.from_json(manifest_bytes)
+        for block in manifest.blocks_for(self._data or manifest.modalities):
+            self._fetch_artifacts(block)
+        self._store.write_file(MANIFEST_NAME, manifest_bytes)
+        self._model = None
+        self._current_model()
+
+    def _enroll(self) -> None:
+        self._http.use_token(self._token)
+        body = {"device": self._device, "modalities": sorted(self._data or {})}
+        reply = self._http.post_json(self._path("enroll"), body)
+        try:
+            self._identity = read(Identity, reply)
+        except ValueError as error:
+            raise TransportError(f"the server's enrollment reply is malformed: {error}") from error
+        self._store.write_identity(self._identity)
+
+    def _fetch_artifacts(self, block: Block) -> None:
+        is_private = self._is_private(block)
+        files = [block.artifacts.training_model, block.artifacts.eval_model]
+        for artifact in files + [block.artifacts.parameters] * is_private:
+            known = self._store.read_file(artifact.path)
+            if known is None or hashlib.sha256(known).hexdigest() != artifact.sha256:
+                self._store.write_file(artifact.path, self._download_artifact(artifact))
+
+    def _download_artifact(self, artifact: Artifact) -> bytes:
+        data = self._http.get(self._path(f"artifacts/{artifact.path}"), artifact.num_bytes)
+        check_artifact(artifact, data)
+        return data
+
+    def _get_session(self) -> Session:
+        try:
+            return read(Session, self._http.get_json(self._path("session")))
+        except ValueError as error:
+            raise TransportError(f"the server's session reply is malformed: {error}") from error
+
+    def _checked_data(self) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
+        manifest = self._current_model().manifest
+        inputs = check_inputs(manifest, self._data or {})
+        length = len(next(iter(inputs.values())))
+        labels: ArrayLike = self._labels if self._labels is not None else np.empty(0)
+        return inputs, check_labels(manifest, labels, length)
+
+    def _current_model(self) -> LocalModel:
+        with self._model_lock:
+            if self._model is None:
+                self._model = self._load_model()
+            return self._model
+
+    def _load_model(self) -> LocalModel:
+        manifest_bytes = self._store.read_file(MANIFEST_NAME)
+        if manifest_bytes is None or self._identity is None:
+            raise StoreError(f"the store {self._store.folder} has no model yet: call run() first")
+        manifest = ModelManifest.from_json(manifest_bytes)
+        held = tuple(
+            b for b in manifest.blocks if self._store.read_file(b.artifacts.eval_model.path)
+        )
+        model = LocalModel.open(manifest, self._store.artifacts, held, self._num_threads)
+        shared = self._store.read_shared()
+        self._versions = dict(shared.versions)
+        parameters = {}
+        for block in held:
+            stored = self._state.private if self._is_private(block) else shared.vectors
+            data = stored.get(block.name)
+            if data is None and self._is_private(block):
+                data = self._store.read_file(block.artifacts.parameters.path)
+            if data is not None:
+                parameters[block.name] = _stored_vector(block, data)
+        return model.with_parameters(parameters)
+
+    # Taking part: tasks come down, updates go up.
+
+    async def _take_part(
+        self, session: Session, inputs: dict[str, NDArray[np.float32]], labels: NDArray[np.int64]
+    ) -> None:
+        tasks: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
+        transport = await self._connect(session, lambda: _in_background(self._announce(transport)))
+        uplink = Uplink(transport, self._federation, self.device)
+        handler = functools.partial(_receive, tasks, uplink)
+        try:
+            await transport.subscribe(topics.all_down(self._federation, self.device), handler)
+            await self._announce(transport)
+            worker = asyncio.create_task(self._work(tasks, uplink, inputs, labels))
+            await self._until_stopped(worker)
+            offline = wire.encode(wire.Status(is_online=False))
+            topic = topics.status(self._federation, self.device)
+            with contextlib.suppress(TransportError):
+                await transport.publish(topic, offline, retain=True)
+        finally:
+            await transport.close()
+
+    async def _connect(self, session: Session, on_connect: Callable[[], None]) -> Transport:
+        assert self._identity is not None
+        transport = MqttTransport(
+            Endpoint(session.mqtt_host, session.mqtt_port, session.mqtt_is_tls),
+            login=(self._identity.device, self._identity.password),
+            client_id=f"{self._federation}-{self.device}",
+            will=(
+                topics.status(self._federation, self.device),
+                wire.encode(wire.Status(is_online=False)),
+            ),
+            on_connect=on_connect,
+        )
+        await transport.connect()
+        return transport
+
+    async def _announce(self, transport: Transport) -> None:
+        """Says that the device is here and can take a task, at the start and after a break."""
+        online = wire.encode(wire.Status(is_online=True))
+        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {}))))
+        topic = topics.status(self._federation, self.device)
+        await transport.publish(topic, online, retain=True)
+        await transport.publish(topics.request(self._federation, self.device), ready)
+
+    async def _until_stopped(self, worker: asyncio.Task[None]) -> None:
+        assert self._stopped is not None
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait((worker, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if worker.done():
+                worker.result()
+        finally:
+            stopped.cancel()
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PetalError):
+                await worker
+
+    async def _work(
+        self,
+        tasks: asyncio.Queue[wire.Task | wire.Finish],
+        uplink: Uplink,
+        inputs: dict[str, NDArray[np.float32]],
+        labels: NDArray[np.int64],
+    ) -> None:
+        while True:
+            task = await tasks.get()
+            self._check_blocks(task)
+            if isinstance(task, wire.Finish):
+                await self._call(self._fetch_blocks, task.blocks)
+                return
+            if task.round_num < self._state.round_num:
+                log.warning("ignored a task of round %d, long trained", task.round_num)
+                continue
+            if task.round_num > self._state.round_num:
+                await self._call(self._train_round, task, inputs, labels)
+            await self._deliver_outbox(uplink)
+
+    def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
+        model = self._current_model()
+        shareable = {b.name for b in model.held if not self._is_private(b)}
+        if foreign := sorted(task.blocks.keys() - shareable):
+            raise WireError(
+                f"the server asks for block {foreign[0]}, which this device does not share; "
+                f"it shares {sorted(shareable)}"
+            )
+
+    def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
+        """Downloads the shared blocks whose version is not here, and keeps them."""
+        model = self._current_model()
+        fetched = {
+            name: self._download_block(model.manifest.block(name), pointer)
+            for name, pointer in wanted.items()
+            if self._versions.get(name) != pointer.version
+        }
+        base = self._store.read_shared()
+        stored = {n: _stored_vector(model.manifest.block(n), v) for n, v in base.vectors.items()}
+        self._replace_parameters(stored | fetched)
+        self._versions |= {name: wanted[name].version for name in fetched}
+        if fetched:
+            vectors = base.vectors | {name: to_bytes(vector) for name, vector in fetched.items()}
+            self._store.write_shared(Shared(self._versions, vectors))
+
+    def _download_block(self, block: Block, pointer: wire.BlockVersion) -> Vector:
+        path = self._path(f"blocks/{block.name}/{pointer.version}")
+        data = self._http.get(path, 4 * block.size)
+        if hashlib.sha256(data).hexdigest() != pointer.sha256:
+            raise TransportError(f"block {block.name} version {pointer.version}: wrong sha256")
+        try:
+            return from_bytes(data, block.size)
+        except ValueError as error:
+            raise TransportError(f"block {block.name}: {error}") from error
+
+    def _train_round(
+        self, task: wire.Task, inputs: dict[str, NDArray[np.float32]], labels: NDArray[np.int64]
+    ) -> None:
+        """Trains one round and writes private blocks and outbox in one atomic step."""
+        self._fetch_blocks(task.blocks)
+        self._on_round(RoundInfo(task.round_num, task.num_rounds))
+        model = self._current_model()
+        before = {block.name: model.parameters[block.name] for block in model.held}
+        rng = np.random.default_rng([task.seed, task.round_num, _number(self.device)])
+        result = train(
+            model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
+            self._on_progress,
+        )  # fmt: skip
+        outbox = [
+            self._make_update(block, task, result, before[block.name])
+            for block in model.held
+            if block.name in task.blocks
+        ]
+        report = wire.Report(
+            secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
+        )
+        outbox.append(Outgoing(wire.encode(report), b""))
+        private = {b.name: to_bytes(result.parameters[b.name]) for b in model.held
+                   if self._is_private(b)}  # fmt: skip
+        self._state = State(task.round_num, private, tuple(outbox))
+        self._store.write_state(self._state)
+        self._replace_parameters(result.parameters)
+
+    def _make_update(
+        self, block: Block, task: wire.Task, result: TrainingResult, before: Vector
+    ) -> Outgoing:
+        """The one place where a block becomes something to send; refuses private ones."""
+        if self._is_private(block):
+            raise ValueError(f"block {block.name} is private: it cannot become an update")
+        payload = to_bytes(result.parameters[block.name] - before)
+        manifest = wire.UpdateManifest(
+            update_id=secrets.token_bytes(16),
+            block=block.name,
+            round_num=task.round_num,
+            base_version=task.blocks[block.name].version,
+            num_examples=result.num_examples,
+            codec="f32",
+            num_bytes=len(payload),
+            sha256=hashlib.sha256(payload).hexdigest(),
+        )
+        return Outgoing(wire.encode(manifest), payload)
+
+    async def _deliver_outbox(self, uplink: Uplink) -> None:
+        for outgoing in self._state.outbox:
+            receipt = await uplink.deliver(outgoing)
+            if receipt.status == "rejected":
+                log.warning("the server rejected an update: %s", receipt.reason)
+            rest = tuple(o for o in self._state.outbox if o != outgoing)
+            self._state = State(self._state.round_num, self._state.private, rest)
+        await self._call(self._store.write_state, self._state)
+
+    def _replace_parameters(self, parameters: Mapping[str, Vector]) -> None:
+        model = self._current_model()
+        with self._model_lock:
+            self._model = model.with_parameters(parameters)
+
+    def _is_private(self, block: Block) -> bool:
+        return self._identity is None or block.name in self._identity.private_blocks
+
+    def _path(self, what: str) -> str:
+        return f"/v1/{self._federation}/{what}"
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, function, *arguments)
+
+
+def _receive(
+    tasks: asyncio.Queue[wire.Task | wire.Finish], uplink: Uplink, topic: str, payload: bytes
+) -> None:
+    try:
+        message = wire.decode(payload)
+    except WireError as error:
+        log.warning("ignored a malformed message on %s: %s", topic, error)
+        return
+    if isinstance(message, wire.Receipt):
+        uplink.receive(message)
+    elif isinstance(message, (wire.Task, wire.Finish)):
+        tasks.put_nowait(message)
+
+
+def _in_background(work: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(_log_failure)
+
+
+def _log_failure(task: asyncio.Future[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("%s", error)
+
+
+def _stored_vector(block: Block, data: bytes) -> Vector:
+    try:
+        return from_bytes(data, block.size)
+    except ValueError as error:
+        raise StoreError(
+            f"the stored parameters of block {block.name} do not fit the model: {error}"
+        ) from error
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

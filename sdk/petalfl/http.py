@@ -1,0 +1,86 @@
+"""The device's side of HTTP: enrollment and downloads, with the standard library alone."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+from petalfl.errors import EnrollError, TransportError
+
+TIMEOUT_S = 30.0
+MAX_JSON_BYTES = 1 << 20
+
+
+class HttpClient:
+    """Talks to one server. Its methods block: call them on a thread.
+
+    Args:
+        url: The server's base URL, ``http(s)://host:port``.
+
+    Raises:
+        ValueError: ``url`` is of another form.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"found the server URL {url!r}, expected http(s)://host:port")
+        self._url = url.rstrip("/")
+        self._authorization = ""
+
+    def use_token(self, token: str) -> None:
+        """Sends the join token from now on."""
+        self._authorization = f"Bearer {token}"
+
+    def use_login(self, device: str, password: str) -> None:
+        """Sends the device's own credential from now on."""
+        pair = base64.b64encode(f"{device}:{password}".encode()).decode()
+        self._authorization = f"Basic {pair}"
+
+    def post_json(self, path: str, body: object) -> Any:
+        """Posts JSON and reads JSON; errors as in `get`."""
+        return _parse(self._request(path, json.dumps(body).encode(), MAX_JSON_BYTES))
+
+    def get_json(self, path: str) -> Any:
+        """Reads JSON; errors as in `get`."""
+        return _parse(self._request(path, None, MAX_JSON_BYTES))
+
+    def get(self, path: str, max_bytes: int) -> bytes:
+        """The body at ``path``.
+
+        Raises:
+            EnrollError: The server does not accept the token or credential (401, 403, 409).
+            TransportError: It cannot be reached, fails, or sends more than ``max_bytes``.
+        """
+        return self._request(path, None, max_bytes)
+
+    def _request(self, path: str, body: bytes | None, max_bytes: int) -> bytes:
+        headers = {"Authorization": self._authorization, "Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                data: bytes = response.read(max_bytes + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = error.read(500).decode(errors="replace").strip()
+            refused = error.code in (400, 401, 403, 409)
+            kind = EnrollError if refused else TransportError
+            raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
+        if len(data) > max_bytes:
+            raise TransportError(f"{self._url}{path} sends more than the {max_bytes} bytes due")
+        return data
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TransportError(f"the server sent no JSON: {error}") from error

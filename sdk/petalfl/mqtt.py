@@ -1,0 +1,239 @@
+"""MQTT on asyncio: paho without a thread per client.
+
+paho's own network thread stops working at about 340 clients in a process (it uses `select`);
+its socket callbacks let the event loop drive it instead. Only the blocking TCP connect runs on
+a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
+from petalfl.errors import TransportError
+from petalfl.transport import Handler, dispatch
+
+log = logging.getLogger("petalfl.mqtt")
+
+KEEPALIVE_S = 60
+MISC_INTERVAL_S = 5.0
+BACKOFF_S = (0.5, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a broker listens."""
+
+    host: str
+    port: int
+    is_tls: bool = False
+
+    def __str__(self) -> str:
+        return f"{'mqtts' if self.is_tls else 'mqtt'}://{self.host}:{self.port}"
+
+
+class MqttTransport:
+    """A connection that comes back by itself, with its subscriptions, after every break.
+
+    Args:
+        endpoint: The broker.
+        login: Username and password.
+        client_id: Unique at the broker: a second connection with it ends the first.
+        will: Topic and payload that the broker publishes, retained, when the client is lost.
+        on_connect: Called on the event loop after each connect but the first.
+        timeout_s: For a connect, a subscription or a publish.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        login: tuple[str, str],
+        client_id: str,
+        will: tuple[str, bytes] | None = None,
+        on_connect: Callable[[], None] = lambda: None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._endpoint = endpoint
+        self._on_reconnect = on_connect
+        self._timeout_s = timeout_s
+        self._handlers: dict[str, Handler] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._connack: asyncio.Future[ReasonCode] | None = None
+        self._lost = asyncio.Event()
+        self._socket: socket.socket | None = None
+        self._is_registered = False
+        self._wants_write = False
+        self._keeper: asyncio.Task[None] | None = None
+        self._misc_timer: asyncio.TimerHandle | None = None
+        self._client = client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, reconnect_on_failure=False
+        )
+        client.username_pw_set(*login)
+        if endpoint.is_tls:
+            client.tls_set_context(ssl.create_default_context())
+        if will is not None:
+            client.will_set(*will, qos=1, retain=True)
+        client.on_connect = self._connected
+        client.on_disconnect = lambda *_: self._lost.set()
+        client.on_message = lambda c, u, m: dispatch(self._handlers, m.topic, bytes(m.payload))
+        client.on_publish = lambda c, u, mid, code, p: self._resolve("publish", mid, None)
+        client.on_subscribe = lambda c, u, mid, codes, p: self._resolve("subscribe", mid, codes)
+        client.on_socket_open = self._socket_opened
+        client.on_socket_close = self._socket_closed
+        client.on_socket_register_write = lambda c, u, s: self._want_write(True)
+        client.on_socket_unregister_write = lambda c, u, s: self._want_write(False)
+
+    async def connect(self) -> None:
+        """Connects for the first time; later breaks are mended in the background.
+
+        Raises:
+            TransportError: No broker answers there, or it refuses the login.
+        """
+        await self._connect_once()
+        self._keeper = asyncio.create_task(self._keep_connected())
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """See `Transport.publish`; during a break it waits for the connection to come back."""
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
+            raise TransportError(f"cannot publish on {topic}: {paho.error_string(info.rc)}")
+        await self._wait_for("publish", info.mid, f"{self._endpoint} took no message on {topic}")
+
+    async def subscribe(self, topic_filter: str, handler: Handler) -> None:
+        """See `Transport.subscribe`."""
+        self._handlers[topic_filter] = handler
+        code, mid = self._client.subscribe(topic_filter, qos=1)
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            return  # no connection now: the next one subscribes to all filters
+        codes = await self._wait_for(
+            "subscribe", mid, f"{self._endpoint} did not answer a subscription to {topic_filter}"
+        )
+        if any(c.is_failure for c in codes):
+            del self._handlers[topic_filter]
+            raise TransportError(f"{self._endpoint} refuses a subscription to {topic_filter}")
+
+    async def close(self) -> None:
+        """See `Transport.close`; the last will is not published."""
+        self._handlers.clear()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._client.disconnect()
+        for _ in range(100):  # paho closes the socket once the event loop has written the goodbye
+            if self._socket is None:
+                break
+            await asyncio.sleep(0.01)
+        if self._misc_timer is not None:
+            self._misc_timer.cancel()
+
+    async def _connect_once(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._connack = loop.create_future()
+        self._lost.clear()
+        host, port = self._endpoint.host, self._endpoint.port
+        try:
+            await asyncio.to_thread(self._client.connect, host, port, KEEPALIVE_S)
+            self._register()
+            code = await asyncio.wait_for(self._connack, self._timeout_s)
+        except (OSError, ValueError) as error:
+            raise TransportError(f"no broker answers at {self._endpoint}: {error}") from error
+        except asyncio.TimeoutError as error:
+            raise TransportError(
+                f"{self._endpoint} accepted the connection but sent no CONNACK "
+                f"in {self._timeout_s:g} s; is it an MQTT broker?"
+            ) from error
+        if code.is_failure:
+            raise TransportError(f"{self._endpoint} refuses the login: {code}")
+        self._misc()
+
+    async def _keep_connected(self) -> None:
+        delay_s = BACKOFF_S[0]
+        while True:
+            await self._lost.wait()
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))  # not all devices at once
+            try:
+                await self._connect_once()
+            except TransportError as error:
+                log.warning("%s", error)
+                self._lost.set()
+                delay_s = min(2 * delay_s, BACKOFF_S[1])
+                continue
+            delay_s = BACKOFF_S[0]
+            log.info("connected to %s again", self._endpoint)
+            for topic_filter in self._handlers:
+                self._client.subscribe(topic_filter, qos=1)
+            self._on_reconnect()
+
+    async def _wait_for(self, kind: str, mid: int, complaint: str) -> Any:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[kind, mid] = future
+        try:
+            return await asyncio.wait_for(future, self._timeout_s)
+        except asyncio.TimeoutError as error:
+            raise TransportError(f"{complaint} in {self._timeout_s:g} s") from error
+        finally:
+            self._waiting.pop((kind, mid), None)
+
+    def _resolve(self, kind: str, mid: int, result: Any) -> None:
+        future = self._waiting.get((kind, mid))
+        if future is not None and not future.done():
+            future.set_result(result)
+
+    def _connected(self, c: object, u: object, f: object, code: ReasonCode, p: object) -> None:
+        if self._connack is not None and not self._connack.done():
+            self._connack.set_result(code)
+
+    # The socket. During a connect paho calls these on a worker thread, when they only take
+    # notes; `_register` acts on them afterwards, on the event loop.
+
+    def _socket_opened(self, c: object, u: object, opened: Any) -> None:
+        self._socket = opened
+
+    def _register(self) -> None:
+        if self._socket is not None:
+            self._is_registered = True
+            asyncio.get_running_loop().add_reader(self._socket, self._read)
+            self._want_write(self._wants_write)
+
+    def _socket_closed(self, c: object, u: object, closed: Any) -> None:
+        if self._is_registered:
+            self._is_registered = False
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(closed)
+            loop.remove_writer(closed)
+        self._socket = None
+
+    def _want_write(self, wants_write: bool) -> None:
+        self._wants_write = wants_write
+        if self._is_registered and self._socket is not None:
+            loop = asyncio.get_running_loop()
+            if wants_write:
+                loop.add_writer(self._socket, self._client.loop_write)
+            else:
+                loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        self._client.loop_read()
+        while isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            self._client.loop_read()  # decrypted already: the socket will not say so again
+
+    def _misc(self) -> None:
+        """Pings in time and notices a silent peer."""
+        if self._misc_timer is not None:
+            self._misc_timer.cancel()
+        if self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            loop = asyncio.get_running_loop()
+            self._misc_timer = loop.call_later(MISC_INTERVAL_S, self._misc)

@@ -1,0 +1,87 @@
+"""Delivers a message or a block update until the server's receipt ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from petalfl import topics, wire
+from petalfl.errors import TransportError
+from petalfl.store import Outgoing
+from petalfl.transport import Transport
+
+log = logging.getLogger("petalfl.uplink")
+
+WINDOW = 8  # chunks on their way to the broker at once
+RECEIPT_TIMEOUT_S = 10.0
+BACKOFF_S = (0.5, 30.0)
+
+
+class Uplink:
+    """One device's way up. Feed it every receipt that arrives.
+
+    A PUBACK is no delivery: brokers drop acknowledged messages when a queue is full. So what
+    got no receipt is asked about again, and the server names the chunks that it lacks.
+    """
+
+    def __init__(self, transport: Transport, federation: str, device: str) -> None:
+        self._transport = transport
+        self._federation = federation
+        self._device = device
+        self._waiting: dict[bytes, asyncio.Future[wire.Receipt]] = {}
+
+    def receive(self, receipt: wire.Receipt) -> None:
+        """Hands in a receipt from the server."""
+        future = self._waiting.get(receipt.update_id)
+        if future is not None and not future.done():
+            future.set_result(receipt)
+
+    async def deliver(self, outgoing: Outgoing) -> wire.Receipt:
+        """Sends until the server has accepted or rejected it; returns that receipt."""
+        message = wire.decode(outgoing.message)
+        assert isinstance(message, (wire.UpdateManifest, wire.Report))
+        chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
+        missing = set(range(len(chunks)))
+        delay_s = BACKOFF_S[0]
+        while True:
+            try:
+                receipt = await self._attempt(message, [chunks[i] for i in sorted(missing)])
+            except (TransportError, asyncio.TimeoutError) as error:
+                log.warning("no receipt yet (%s): asking again", error or "timeout")
+                missing = set()  # ask first what has arrived
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+                delay_s = min(2 * delay_s, BACKOFF_S[1])
+                continue
+            if receipt.status != "missing":
+                return receipt
+            missing = wire.read_bitmap(receipt.missing, len(chunks)) or set(range(len(chunks)))
+
+    async def _attempt(
+        self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
+    ) -> wire.Receipt:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[message.update_id] = future
+        try:
+            await self._send(message, chunks)
+            return await asyncio.wait_for(future, RECEIPT_TIMEOUT_S)
+        finally:
+            del self._waiting[message.update_id]
+
+    async def _send(
+        self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
+    ) -> None:
+        if isinstance(message, wire.Report):
+            topic = topics.request(self._federation, self._device)
+            await self._transport.publish(topic, wire.encode(message))
+            return
+        topic = topics.block_up(self._federation, message.block, self._device)
+        await self._transport.publish(topic, wire.encode(message))
+        window = asyncio.Semaphore(WINDOW)
+
+        async def send_chunk(chunk: wire.Chunk) -> None:
+            async with window:
+                await self._transport.publish(topic, wire.encode(chunk))
+
+        await asyncio.gather(*map(send_chunk, chunks))
+        await self._transport.publish(topic, wire.encode(wire.Fin(message.update_id)))

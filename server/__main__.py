@@ -1,0 +1,232 @@
+"""`python -m server`: the aggregator of one federation."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from petalfl import mqtt
+from petalfl.errors import PetalError
+from petalfl.files import write_atomic
+from petalfl.model import ModelManifest
+from petalfl.training import Hyperparameters
+
+from .broker import Broker, open_broker
+from .config import SCHEMES, Config, ConfigError, private_blocks
+from .federation import Federation
+from .gateway import Gateway
+from .state import ServerState
+from .web import WebApp
+
+RUNTIME_FILE = "server.json"  # where the running server is, for programs that start one
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the server until it is stopped; 0 then, 2 when it cannot start."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    try:
+        manifest = ModelManifest.load(options.artifacts)
+        config = _config(options, manifest)
+        asyncio.run(_serve(config, manifest, options))
+    except (PetalError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(config: Config, manifest: ModelManifest, options: argparse.Namespace) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stopped.set)
+    async with contextlib.AsyncExitStack() as stack:
+        state = ServerState(config.data_dir)
+        stack.callback(state.close)
+        federation = Federation(config, manifest, state)
+        broker = _open_broker(options.broker, config, state)
+        await broker.start()
+        stack.push_async_callback(broker.close)
+        state.replace_setting("broker port", str(broker.endpoint.port))
+        gateway = await _open_gateway(broker, federation, config)
+        stack.push_async_callback(gateway.close)
+        stack.callback(federation.close)
+        token = options.token or state.setting("token", secrets.token_urlsafe(24))
+        app = WebApp(federation, state, broker, gateway, token).build()
+        url = await _listen(app, options.http, stack)
+        federation.start(gateway)
+        runtime = {"url": url, "token": token, "pid": os.getpid()}
+        write_atomic(config.data_dir / RUNTIME_FILE, json.dumps(runtime).encode())
+        stack.callback((config.data_dir / RUNTIME_FILE).unlink, missing_ok=True)
+        print(_welcome(manifest, config, broker, url, token), flush=True)
+        await stopped.wait()
+    print(f"stopped; the state is kept in {config.data_dir}: start again to go on", flush=True)
+
+
+def _open_broker(spec: str, config: Config, state: ServerState) -> Broker:
+    if spec == "embedded":  # on its old port, if any, so that devices find it after a restart
+        port = state.setting("broker port", "")
+        spec = f"embedded:{port}" if port else spec
+    return open_broker(spec, data_dir=config.data_dir, federation=config.federation)
+
+
+async def _open_gateway(broker: Broker, federation: Federation, config: Config) -> Gateway:
+    endpoint = mqtt.Endpoint(broker.endpoint.host, broker.endpoint.port, broker.endpoint.is_tls)
+    transport = mqtt.MqttTransport(
+        endpoint, login=broker.server_login, client_id=f"{config.federation}-server"
+    )
+    await transport.connect()
+    gateway = Gateway(transport, config.federation, federation.manifest, federation)
+    await gateway.open()
+    return gateway
+
+
+async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--http {address!r}: expected HOST:PORT, e.g. 127.0.0.1:8080")
+    runner = web.AppRunner(app, handle_signals=False)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, int(port))
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror}; choose another --http HOST:PORT"
+        ) from error
+    bound = runner.addresses[0][1]
+    return f"http://{host}:{bound}"
+
+
+def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, token: str) -> str:
+    shared = [b.name for b in manifest.blocks if b.name not in config.private_blocks]
+    endpoint = broker.endpoint
+    scheme = "mqtts" if endpoint.is_tls else "mqtt"
+    rounds = f"{config.num_rounds} rounds" if config.num_rounds else "rounds until stopped"
+    return "\n".join(
+        [
+            f"petalfl serves federation {config.federation!r} of model {manifest.name!r}",
+            f"  shared     {', '.join(shared) or 'nothing'}",
+            f"  private    {', '.join(config.private_blocks) or 'nothing'}",
+            f"  rounds     {rounds}, each with at least {config.min_devices} devices",
+            f"  http       {url}",
+            f"  broker     {scheme}://{endpoint.host}:{endpoint.port}",
+            f"  data       {config.data_dir}",
+            "join with",
+            f"  EdgeClient({url!r}, token={token!r}, …)",
+            f"  python -m examples.android_sim --server {url} --token {token}",
+        ]
+    )
+
+
+def _config(options: argparse.Namespace, manifest: ModelManifest) -> Config:
+    for name in ("min_devices", "batch_size", "epochs"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1")
+    if options.rounds < 0 or options.deadline <= 0 or options.learning_rate <= 0:
+        raise ConfigError("--rounds, --deadline and --learning-rate must be positive")
+    if options.schedule == "cosine" and not options.rounds:
+        raise ConfigError("--schedule cosine needs --rounds; choose --schedule constant")
+    return Config(
+        artifacts=options.artifacts,
+        data_dir=options.data_dir,
+        federation=options.federation,
+        private_blocks=private_blocks(options.scheme, manifest),
+        num_rounds=options.rounds,
+        min_devices=options.min_devices,
+        deadline_s=options.deadline,
+        hyperparameters=Hyperparameters(
+            options.learning_rate, options.momentum, options.weight_decay, options.batch_size,
+            options.epochs,
+        ),
+        schedule=options.schedule or ("cosine" if options.rounds else "constant"),
+        server_momentum=options.server_momentum,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Serve a federation: enroll devices, run rounds, average each shared block "
+        "over the devices that hold it. Ctrl-C stops it; a second start goes on.",
+        epilog="example: python -m server --artifacts artifacts --rounds 60 --min-devices 3",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--artifacts", type=Path, required=True, metavar="DIR", help="made by python -m export")
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("petalfl-data"),
+        metavar="DIR",
+        help="devices, journal and block versions; kept over restarts",
+    )
+    add("--http", default="127.0.0.1:8080", metavar="HOST:PORT", help="port 0: any free one")
+    add(
+        "--broker",
+        default="embedded",
+        metavar="SPEC",
+        help="embedded, embedded:PORT, or mqtt(s)://user:password@host:port of a Mosquitto with "
+        "its dynamic-security plugin",
+    )
+    add("--federation", default="default", metavar="NAME", help="a-z, 0-9 and '-'")
+    add("--token", default="", help="join token; the default is random and kept in --data-dir")
+    group = parser.add_argument_group("rounds").add_argument
+    group(
+        "--scheme",
+        default="",
+        metavar="{" + ",".join(SCHEMES) + "}",
+        help="what is shared: fm all, ph all but the head, phf encoders, local nothing; the "
+        "default is the manifest's private_blocks",
+    )
+    group("--rounds", type=int, default=0, metavar="N", help="0: until stopped")
+    group(
+        "--min-devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a round starts when so many devices are ready",
+    )
+    group(
+        "--deadline",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds after which a round closes with what has arrived",
+    )
+    group("--server-momentum", type=float, default=0.0, metavar="BETA", help="FedAvgM, per block")
+    group = parser.add_argument_group("local training").add_argument
+    group("--learning-rate", type=float, default=0.05, metavar="LR", help="of the devices' SGD")
+    group(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default=None,
+        help="of the learning rate across rounds; the default is cosine with --rounds",
+    )
+    group("--momentum", type=float, default=0.9, help="of the devices' SGD, fresh each round")
+    group("--weight-decay", type=float, default=1e-5, help="of the devices' SGD")
+    group("--batch-size", type=int, default=16, metavar="N", help="examples per step")
+    group("--epochs", type=int, default=1, metavar="N", help="per round")
+    group("--seed", type=int, default=0, metavar="N", help="of shuffling and dropout")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="of the log on stderr")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

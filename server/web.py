@@ -1,0 +1,285 @@
+"""HTTP: enrollment, artifacts, block versions, status and metrics.
+
+Every path but ``/healthz`` wants a credential: the join token (``Authorization: Bearer``) for
+enrollment and for everything about the federation, a device's own (``Basic``) for what that
+device downloads.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from petalfl.errors import ModelError, PetalError
+from petalfl.model import MANIFEST_NAME, Artifact
+from petalfl.schema import Limit, Name, plain, read
+from petalfl.store import Identity
+
+from .broker import Broker
+from .federation import Federation
+from .gateway import Gateway
+from .state import ServerState
+
+log = logging.getLogger("petalfl.server.web")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MAX_REQUEST_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EnrollRequest:
+    """The body of an enrollment."""
+
+    device: Name
+    modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
+
+
+class WebApp:
+    """The handlers of one federation's HTTP API, over the objects that they show."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        state: ServerState,
+        broker: Broker,
+        gateway: Gateway,
+        token: str,
+    ) -> None:
+        self._federation = federation
+        self._state = state
+        self._broker = broker
+        self._gateway = gateway
+        self._token = token
+        self._started_s = time.monotonic()
+        self._artifacts = {
+            artifact.path: artifact
+            for block in federation.manifest.blocks
+            for artifact in _files(block.artifacts)
+        }
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def build(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_errors_as_text])
+        root = f"/v1/{self._federation.config.federation}"
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/metrics", self._for_operator(self._metrics)),
+                web.post(f"{root}/enroll", self._for_operator(self._enroll)),
+                web.get(f"{root}/status", self._for_operator(self._status)),
+                web.get(f"{root}/rounds", self._for_operator(self._rounds)),
+                web.get(f"{root}/devices", self._for_operator(self._devices)),
+                web.get(f"{root}/session", self._for_device(self._session)),
+                web.get(f"{root}/manifest", self._for_device(self._manifest)),
+                web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._artifact)),
+                web.get(f"{root}/blocks", self._for_device(self._versions)),
+                web.get(
+                    f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}",
+                    self._for_device(self._block),
+                ),
+            ]
+        )
+        return app
+
+    # Who asks
+
+    def _for_operator(self, handler: Handler) -> Handler:
+        async def checked(request: web.Request) -> web.StreamResponse:
+            kind, _, given = request.headers.get("Authorization", "").partition(" ")
+            if kind != "Bearer" or not hmac.compare_digest(given.encode(), self._token.encode()):
+                raise web.HTTPUnauthorized(text="wrong or no token; the server printed it at start")
+            return await handler(request)
+
+        return checked
+
+    def _for_device(self, handler: Handler) -> Handler:
+        async def checked(request: web.Request) -> web.StreamResponse:
+            kind, _, given = request.headers.get("Authorization", "").partition(" ")
+            try:
+                text = base64.b64decode(given, validate=True).decode() if kind == "Basic" else ""
+            except (binascii.Error, UnicodeDecodeError):
+                text = ""
+            device, _, password = text.partition(":")
+            if not self._state.is_password(device, password):
+                raise web.HTTPUnauthorized(
+                    text="this device is not enrolled here, or its credential was revoked"
+                )
+            request["device"] = device
+            return await handler(request)
+
+        return checked
+
+    # For devices
+
+    async def _enroll(self, request: web.Request) -> web.Response:
+        try:
+            wanted = read(EnrollRequest, await request.json(), "enrollment")
+            self._federation.blocks_of(wanted.modalities)
+        except (ValueError, ModelError) as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        password = secrets.token_urlsafe(32)
+        modalities = sorted(set(wanted.modalities))
+        if not self._state.add_device(wanted.device, password, modalities, time.time()):
+            raise web.HTTPConflict(
+                text=f"device {wanted.device} is enrolled already; use its own store, "
+                "or another name"
+            )
+        try:
+            await self._broker.grant(wanted.device, password)
+        except PetalError as error:
+            self._state.remove_device(wanted.device)
+            raise web.HTTPServiceUnavailable(text=str(error)) from error
+        config = self._federation.config
+        identity = Identity(config.federation, wanted.device, password, config.private_blocks)
+        log.info("enrolled %s with %s", wanted.device, ", ".join(modalities))
+        return web.json_response(plain(identity))
+
+    async def _session(self, request: web.Request) -> web.Response:
+        endpoint = self._broker.endpoint
+        return web.json_response(
+            {
+                "mqtt_host": endpoint.host,
+                "mqtt_port": endpoint.port,
+                "mqtt_is_tls": endpoint.is_tls,
+            }
+        )
+
+    async def _manifest(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(self._federation.config.artifacts / MANIFEST_NAME)
+
+    async def _artifact(self, request: web.Request) -> web.StreamResponse:
+        artifact = self._artifacts.get(request.match_info["path"])
+        if artifact is None:
+            raise web.HTTPNotFound(text="no such artifact in the manifest")
+        self._check_holds(request, artifact.path.partition("/")[0])
+        return web.FileResponse(self._federation.config.artifacts / artifact.path)
+
+    async def _versions(self, request: web.Request) -> web.Response:
+        return web.json_response(self._federation.versions)
+
+    async def _block(self, request: web.Request) -> web.Response:
+        name, version = request.match_info["block"], int(request.match_info["version"])
+        self._check_holds(request, name)
+        body = self._federation.block_body(name, version)
+        if body is None:
+            raise web.HTTPNotFound(text=f"no version {version} of a shared block {name!r}")
+        self._federation.on_bytes_down(request["device"], name, len(body))
+        return web.Response(body=body, content_type="application/octet-stream")
+
+    def _check_holds(self, request: web.Request, block: str) -> None:
+        modalities = self._state.devices()[request["device"]]
+        held = self._federation.manifest.blocks_for(modalities)
+        if block not in {b.name for b in held}:
+            raise web.HTTPForbidden(text=f"device {request['device']} does not hold block {block}")
+
+    # For operators
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        federation = self._federation
+        current = federation.round
+        return web.json_response(
+            {
+                "federation": federation.config.federation,
+                "model": federation.manifest.name,
+                "round_num": federation.round_num,
+                "num_rounds": federation.config.num_rounds,
+                "is_round_open": current is not None,
+                "is_finished": federation.finished.is_set(),
+                "cohort_size": len(current.cohort) if current else 0,
+                "num_reports": len(current.reports) if current else 0,
+                "devices_enrolled": len(self._state.devices()),
+                "devices_ready": len(federation.ready),
+                "shared_blocks": federation.versions,
+                "private_blocks": federation.config.private_blocks,
+                "uptime_s": time.monotonic() - self._started_s,
+                **self._state.totals(),
+            }
+        )
+
+    async def _rounds(self, request: web.Request) -> web.Response:
+        return web.json_response(self._state.rounds())
+
+    async def _devices(self, request: web.Request) -> web.Response:
+        self._federation.flush_traffic()
+        traffic = self._state.device_traffic()
+        return web.json_response(
+            {
+                name: {
+                    "modalities": modalities,
+                    "is_ready": name in self._federation.ready,
+                    "blocks": traffic[name],
+                }
+                for name, modalities in self._state.devices().items()
+            }
+        )
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self._registry), content_type="text/plain")
+
+    def collect(self) -> list[Metric]:
+        """What `/metrics` shows; called by prometheus_client."""
+        federation, totals = self._federation, self._state.totals()
+        versions = GaugeMetricFamily(
+            "petalfl_block_version", "Newest version of a shared block", labels=["block"]
+        )
+        for block, version in federation.versions.items():
+            versions.add_metric([block], version)
+        refused = CounterMetricFamily(
+            "petalfl_refused_messages", "Messages refused, by reason", labels=["reason"]
+        )
+        for reason, count in self._gateway.refused.items():
+            refused.add_metric([reason], count)
+        accepted = CounterMetricFamily("petalfl_updates_accepted", "Block updates accepted")
+        accepted.add_metric([], totals["updates_accepted"])
+        traffic = CounterMetricFamily(
+            "petalfl_block_bytes", "Bytes of block updates and downloads", labels=["direction"]
+        )
+        traffic.add_metric(["up"], totals["bytes_up"])
+        traffic.add_metric(["down"], totals["bytes_down"])
+        return [
+            versions,
+            refused,
+            accepted,
+            traffic,
+            GaugeMetricFamily("petalfl_round", "Open or last round", federation.round_num),
+            GaugeMetricFamily("petalfl_devices_ready", "Devices ready", len(federation.ready)),
+            GaugeMetricFamily(
+                "petalfl_devices_enrolled", "Devices enrolled", len(self._state.devices())
+            ),
+        ]
+
+
+def _files(artifacts: object) -> list[Artifact]:
+    values = [getattr(artifacts, name) for name in ("training_model", "eval_model", "parameters")]
+    return [value for value in values if isinstance(value, Artifact)]
+
+
+@web.middleware
+async def _errors_as_text(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One line of text for what a request did wrong; a log entry for what we did."""
+    try:
+        return await handler(request)
+    except web.HTTPException:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise web.HTTPBadRequest(text=f"no JSON: {error}") from error
+    except PetalError as error:
+        log.error("%s %s failed: %s", request.method, request.path, error)
+        raise web.HTTPServiceUnavailable(text=str(error)) from error

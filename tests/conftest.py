@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# torch and export are imported by the fixtures alone: most tests need neither.
+
+
+@pytest.fixture(scope="session")
+def watch_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of the reference model, `export.models.har:watch`."""
+    from export import export_model
+    from export.models.har import watch
+
+    out = tmp_path_factory.mktemp("watch") / "artifacts"
+    export_model(watch(), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of `tests.export.tiny:small`: modalities a and b, three classes."""
+    from export import export_model
+    from tests.export.tiny import small
+
+    out = tmp_path_factory.mktemp("small") / "artifacts"
+    export_model(small(), out)
+    return out
