@@ -1,1 +1,1 @@
-""""""
+"""Measurements side by side with peers and with physical limits."""

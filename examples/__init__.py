@@ -1,1 +1,1 @@
-""""""
+"""Programs that use petalfl as an app would."""

@@ -11,10 +11,11 @@ that feeds the next block and the backward pass must see the same ones.
 from __future__ import annotations
 
 import copy
-import io
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -166,14 +167,16 @@ def _dropouts(name: str, masked: dict[str, _MaskedDropout]) -> tuple[Dropout, ..
 
 
 def _to_onnx(name: str, traced: _Traced, inputs: dict[str, Tensor]) -> ModelProto:
-    file = io.BytesIO()
-    with warnings.catch_warnings():  # this exporter is deprecated, and the one that is exact here
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+    ):  # this exporter is deprecated, and the one that is exact here
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
                 traced,
                 tuple(inputs.values()),
-                file,
+                Path(folder) / "block.onnx",
                 input_names=list(inputs),
                 output_names=[name],
                 dynamic_axes={key: {0: "batch"} for key in [*inputs, name]},
@@ -185,7 +188,7 @@ def _to_onnx(name: str, traced: _Traced, inputs: dict[str, Tensor]) -> ModelProt
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(f"block {name}: PyTorch cannot export it: {first_line}") from error
-    model = onnx.load_from_string(file.getvalue())
+        model = onnx.load(Path(folder) / "block.onnx")
     for node in model.graph.node:
         if node.op_type in _RANDOM_OPS:
             raise ModelError(

@@ -1,1 +1,1 @@
-""""""
+"""The aggregator: enrolls devices, runs rounds, averages each shared block over its holders."""

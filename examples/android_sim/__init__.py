@@ -1,1 +1,1 @@
-""""""
+"""Heterogeneous devices emulated on a desktop, each the real client on the real wire."""

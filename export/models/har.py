@@ -5,6 +5,7 @@ Source: BLOSSOM, arXiv:2603.27552 (sensor encoder, attention fusion, MLP head).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -29,7 +30,7 @@ class SensorEncoder(nn.Module):
                     nn.MaxPool1d(2),
                     nn.Dropout(dropout),
                 )
-                for narrow, wide in zip(widths, widths[1:], strict=False)
+                for narrow, wide in itertools.pairwise(widths)
             )
         )
         self.gru = nn.GRU(widths[-1], d, batch_first=True)
@@ -38,7 +39,8 @@ class SensorEncoder(nn.Module):
         """Encodes a batch of windows."""
         x = self.convolutions(x)  # (b, 128, t / 8)
         x, _ = self.gru(x.transpose(1, 2))  # (b, t / 8, d)
-        return x.mean(dim=1)
+        embedding: Tensor = x.mean(dim=1)
+        return embedding
 
 
 class AttentionFusion(nn.Module):
@@ -59,7 +61,8 @@ class AttentionFusion(nn.Module):
         scores = self.attention(torch.cat(z, dim=1))  # (b, M)
         weights = scores.masked_fill(present < 0.5, float("-inf")).softmax(dim=1)
         projected = [self.projections[name](embeddings[name]) for name in self.modalities]
-        return (torch.stack(projected, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+        fused: Tensor = (torch.stack(projected, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+        return fused
 
 
 class MlpHead(nn.Sequential):

@@ -122,7 +122,8 @@ class EdgeClient:
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
         self._versions: dict[str, int] = {}
-        self._stopped: asyncio.Event | None = None
+        self._is_stopping = threading.Event()  # for the training thread
+        self._stopped: asyncio.Event | None = None  # for the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -146,13 +147,19 @@ class EdgeClient:
         """
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
+        self._is_stopping.clear()
         await self._call(self._prepare)
         inputs, labels = self._checked_data()
         session = await self._call(self._get_session)
         await self._take_part(session, inputs, labels)
 
     def stop(self) -> None:
-        """Makes `run` return soon; from any thread. An update on its way stays in the outbox."""
+        """Makes `run` return within a batch; from any thread.
+
+        A round that is being trained is given up and trained again next time; an update on its
+        way stays in the outbox.
+        """
+        self._is_stopping.set()
         if self._loop is not None and self._stopped is not None:
             self._loop.call_soon_threadsafe(self._stopped.set)
 
@@ -314,12 +321,12 @@ class EdgeClient:
         stopped = asyncio.create_task(self._stopped.wait())
         try:
             await asyncio.wait((worker, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if worker.done():
+            if worker.done() and not self._stopped.is_set():
                 worker.result()
         finally:
             stopped.cancel()
             worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError, PetalError):
+            with contextlib.suppress(asyncio.CancelledError, PetalError, _Stopped):
                 await worker
 
     async def _work(
@@ -388,7 +395,7 @@ class EdgeClient:
         rng = np.random.default_rng([task.seed, task.round_num, _number(self.device)])
         result = train(
             model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
-            self._on_progress,
+            self._on_batch,
         )  # fmt: skip
         outbox = [
             self._make_update(block, task, result, before[block.name])
@@ -444,9 +451,25 @@ class EdgeClient:
     def _path(self, what: str) -> str:
         return f"/v1/{self._federation}/{what}"
 
+    def _on_batch(self, done: int, total: int) -> None:
+        if self._is_stopping.is_set():
+            raise _Stopped
+        self._on_progress(done, total)
+
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs on a thread; when cancelled, lets the thread end before it gives way."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, function, *arguments)
+        future = loop.run_in_executor(self._executor, function, *arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with contextlib.suppress(PetalError, _Stopped):
+                await future
+            raise
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: it ends training between two batches
+    """The client was told to stop."""
 
 
 def _receive(

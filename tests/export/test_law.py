@@ -5,6 +5,10 @@ The PyTorch side is written anew here (tests/export/tiny.py), not taken from `ex
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +25,7 @@ from petalfl.engine import Arrays, Gradients, OrtTrainingEngine
 from petalfl.errors import ModelError
 from petalfl.model import Block, ModelManifest
 from petalfl.training import Hyperparameters, Masks, predict_logits, step_gradients, train
-from tests.export.tiny import Lambda, blocks_of, largest_error, tiny, torch_step
+from tests.export.tiny import Lambda, SumFusion, blocks_of, largest_error, tiny, torch_step
 
 TOLERANCE = 1e-5
 SUBSETS = [("acc", "gyro"), ("acc",), ("gyro",)]
@@ -79,22 +83,19 @@ def draw(
     return inputs, labels, masks
 
 
-@pytest.fixture
-def force_dropout(monkeypatch: pytest.MonkeyPatch) -> Callable[[Masks], list[Tensor]]:
-    """Makes PyTorch's dropout use the given masks, in call order; returns those left."""
+@contextlib.contextmanager
+def forced_dropout(masks: Masks) -> Iterator[None]:
+    """PyTorch's dropout multiplies by the given masks, in call order, and uses them all."""
+    queue = [torch.from_numpy(m) for by_name in masks.values() for m in by_name.values()]
 
-    def force(masks: Masks) -> list[Tensor]:
-        queue = [torch.from_numpy(m) for by_name in masks.values() for m in by_name.values()]
+    def dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+        mask = queue.pop(0)
+        return x.mul_(mask) if inplace else x * mask
 
-        def dropout(
-            x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-        ) -> Tensor:
-            return x * queue.pop(0)
-
-        monkeypatch.setattr(nn.functional, "dropout", dropout)
-        return queue
-
-    return force
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "dropout", dropout)
+        yield
+    assert not queue
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
@@ -104,13 +105,11 @@ def test_one_step(
     length: int,
     manifest: ModelManifest,
     engine: OrtTrainingEngine,
-    force_dropout: Callable[[Masks], list[Tensor]],
 ) -> None:
     model = watch(seed=3)
     inputs, labels, masks = draw(manifest, modalities, length, seed=length)
-    left = force_dropout(masks)
-    step = torch_step(model, inputs, labels)
-    assert not left  # every mask was used
+    with forced_dropout(masks):
+        step = torch_step(model, inputs, labels)
     assert {name for name, m in masks.items() if m} == {*step.gradients} - {"fusion"}
     loss, found = step_gradients(engine, manifest, flat(model), inputs, labels, masks)
     assert largest_error(step, loss, found) <= TOLERANCE
@@ -146,7 +145,6 @@ def test_five_sgd_steps(
     modalities: tuple[str, ...],
     manifest: ModelManifest,
     watch_artifacts: Path,
-    force_dropout: Callable[[Masks], list[Tensor]],
 ) -> None:
     batches: list[tuple[Inputs, NDArray[np.int64], dict[str, dict[str, Any]]]] = []
 
@@ -179,12 +177,9 @@ def test_five_sgd_steps(
     )  # fmt: skip
     losses = []
     for batch_inputs, batch_labels, masks in batches:
-        ordered = {name: masks[name] for name in held}
-        left = force_dropout(ordered)
-        # torch_step clears the gradients, and an absent modality's parameters keep none.
         by_modality = {m: batch_inputs[m] for m in modalities}
-        losses.append(torch_step(model, by_modality, batch_labels).loss)
-        assert not left
+        with forced_dropout({name: masks[name] for name in held}):
+            losses.append(torch_step(model, by_modality, batch_labels).loss)
         optimizer.step()
     after = flat(model)
     assert result.parameters.keys() == held.keys()
@@ -287,7 +282,6 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "softmax": lambda: perceptron(nn.Softmax(dim=1)),
     "max-pool": lambda: conv(nn.MaxPool1d(3, stride=2, padding=1), width=16),
     "adaptive-avg-pool": lambda: conv(nn.AdaptiveAvgPool1d(1), width=4),
-    "grouped-dilated": lambda: conv(nn.Conv1d(4, 4, 3, groups=2, dilation=2, padding=2)),
     "conv2d": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 3)), nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d((1, 2)),
         nn.Flatten(), nn.Linear(24, 4),
@@ -317,6 +311,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 
 # Encoders that may be refused, by name, but never exported wrong.
 EXACT_OR_REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "grouped-dilated": lambda: conv(nn.Conv1d(4, 4, 3, groups=2, dilation=2, padding=2)),
     "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 4)),
     "group-norm": lambda: conv(nn.GroupNorm(2, 4)),
     "rms-norm": lambda: nn.Sequential(nn.RMSNorm(8), nn.Flatten(), nn.Linear(24, 4)),
@@ -389,20 +384,14 @@ class Counting(nn.Module):
         return cast(Tensor, self.out(x.flatten(1)) * self.runs)
 
 
-def check_law(
-    model: BlockModel, out: Path, force_dropout: Callable[[Masks], list[Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def check_law(model: BlockModel, out: Path) -> None:
     """Exports and compares a training step and a prediction on batches of other lengths."""
     manifest = export_model(model, out)
     engine, parameters = OrtTrainingEngine(out), flat(model)
     for length in (1, 5):
         inputs, labels, masks = draw(manifest, ("a", "b"), length, seed=length)
-        with monkeypatch.context():
-            left = force_dropout(masks)
+        with forced_dropout(masks):
             step = torch_step(model, inputs, labels)
-            assert not left
-        monkeypatch.undo()
         loss, found = step_gradients(engine, manifest, parameters, inputs, labels, masks)
         assert largest_error(step, loss, found) <= TOLERANCE
         with torch.no_grad():
@@ -412,27 +401,103 @@ def check_law(
 
 
 @pytest.mark.parametrize("layer", EXACT)
-def test_layers_that_export_exactly(
-    layer: str,
-    tmp_path: Path,
-    force_dropout: Callable[[Masks], list[Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_that_export_exactly(layer: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    check_law(tiny(EXACT[layer]()), tmp_path / "out", force_dropout, monkeypatch)
+    check_law(tiny(EXACT[layer]()), tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("layer", EXACT_OR_REFUSED)
-def test_layers_that_are_exact_or_refused(
-    layer: str,
-    tmp_path: Path,
-    force_dropout: Callable[[Masks], list[Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_that_are_exact_or_refused(layer: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tiny(EXACT_OR_REFUSED[layer]())
     try:
-        check_law(model, tmp_path / "out", force_dropout, monkeypatch)
+        check_law(model, tmp_path / "out")
     except ModelError as error:
         assert "encoder-a" in str(error) or str(error).startswith("loss: ")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(
+    reason="the export checks the law on its example batch alone, in training mode",
+    raises=pytest.fail.Exception,
+)
+@pytest.mark.parametrize("layer", WRONG)
+def test_layers_that_would_be_wrong_elsewhere_are_refused(layer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="encoder-a"):
+        export_model(tiny(WRONG[layer]()), tmp_path / "out")
+
+
+@pytest.mark.xfail(
+    reason="BlockModel.forward fills every absent modality with the same width",
+    raises=RuntimeError,
+)
+def test_encoders_of_different_widths(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(24, 6))
+    check_law(tiny(wide, fusion=SumFusion({"a": 6, "b": 4})), tmp_path / "out")
+
+
+AVERAGE_POOL = """
+from pathlib import Path
+from torch import nn
+from petalfl.errors import ModelError
+from tests.export.tiny import tiny
+from export import export_model
+model = tiny(nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.AvgPool1d(2), nn.Flatten(),
+                           nn.Linear(16, 4)))
+try:
+    export_model(model, Path("out"))
+except ModelError as error:
+    print(error)
+"""
+
+
+@pytest.mark.xfail(
+    reason="ONNX Runtime's AveragePoolGrad divides by zero and kills the process",
+    raises=AssertionError,
+)
+def test_average_pooling_does_not_kill_the_process(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", AVERAGE_POOL], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_wrong_gradient_is_refused_by_block_and_parameter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = OrtTrainingEngine.backward
+
+    def corrupted(self: OrtTrainingEngine, block: Block, parameters: Any, inputs: Any) -> Gradients:
+        gradients = backward(self, block, parameters, inputs)
+        if block.name == "head":  # its vector is weight (3, 4), then bias (3,)
+            gradients.parameters[-1] *= 1.001
+        return gradients
+
+    monkeypatch.setattr(OrtTrainingEngine, "backward", corrupted)
+    model = tiny(nn.Sequential(nn.Flatten(), nn.Linear(24, 4)))
+    with pytest.raises(ModelError, match=r"^head\.bias: the exported gradient differs.* a \+ b"):
+        export_model(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_wrong_for_one_modality_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each modality is checked alone, too."""
+    backward = OrtTrainingEngine.backward
+
+    def corrupted(self: OrtTrainingEngine, block: Block, parameters: Any, inputs: Any) -> Gradients:
+        gradients = backward(self, block, parameters, inputs)
+        if block.name == "fusion" and not inputs["present"][:, 0].any():
+            gradients.inputs["encoder-b"] *= 1.001
+        return gradients
+
+    monkeypatch.setattr(OrtTrainingEngine, "backward", corrupted)
+    model = tiny(nn.Sequential(nn.Flatten(), nn.Linear(24, 4)))
+    with pytest.raises(ModelError, match=r"^encoder-b\.weight: .* with b;"):
+        export_model(model, tmp_path / "out")

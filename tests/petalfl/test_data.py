@@ -1,0 +1,2 @@
+import petalfl
+def test_x(): print(petalfl.__file__); assert petalfl.__file__
