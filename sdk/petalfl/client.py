@@ -14,27 +14,20 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from petalfl import topics, wire
+from petalfl.backoff import delays
 from petalfl.data import check_inputs, check_labels
+from petalfl.downlink import Downlink, Session
 from petalfl.errors import PetalError, StoreError, TransportError, WireError
-from petalfl.http import HttpClient
 from petalfl.local_model import LocalModel
-from petalfl.model import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    Artifact,
-    Block,
-    ModelManifest,
-    check_artifact,
-)
+from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.mqtt import Endpoint, MqttTransport
-from petalfl.schema import Limit, read
-from petalfl.store import DeviceStore, Identity, Outgoing, Shared, State
+from petalfl.store import DeviceStore, Outgoing, Shared, State
 from petalfl.training import TrainingResult, train
 from petalfl.transport import Transport
 from petalfl.uplink import Uplink
@@ -42,6 +35,7 @@ from petalfl.vectors import Vector, from_bytes, to_bytes
 
 log = logging.getLogger("petalfl.client")
 T = TypeVar("T")
+BACKOFF_S = (0.5, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +44,6 @@ class RoundInfo:
 
     round_num: int
     num_rounds: int
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """Where the federation's broker is now."""
-
-    mqtt_host: Annotated[str, Limit(1, 256)]
-    mqtt_port: Annotated[int, Limit(1, 65535)]
-    mqtt_is_tls: bool
 
 
 class EdgeClient:
@@ -104,7 +89,6 @@ class EdgeClient:
         num_threads: int = 1,
         executor: Executor | None = None,
     ) -> None:
-        self._http = HttpClient(url)
         self._token = token
         self._federation = federation
         self._device = device or f"device-{secrets.token_hex(4)}"
@@ -114,9 +98,10 @@ class EdgeClient:
         self._num_threads, self._executor = num_threads, executor
         self._store = DeviceStore(Path(store))
         try:
+            self._downlink = Downlink(url, federation, self._store)
             self._identity = self._store.read_identity()
             self._state = self._store.read_state()
-        except StoreError:
+        except (StoreError, ValueError):
             self._store.close()
             raise
         self._model: LocalModel | None = None
@@ -148,9 +133,8 @@ class EdgeClient:
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._is_stopping.clear()
-        await self._call(self._prepare)
+        session = await self._call(self._prepare)
         inputs, labels = self._checked_data()
-        session = await self._call(self._get_session)
         await self._take_part(session, inputs, labels)
 
     def stop(self) -> None:
@@ -196,47 +180,15 @@ class EdgeClient:
 
     # Getting ready: enrollment, the manifest, the artifacts of the blocks held.
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> Session:
+        modalities = sorted(self._data or {})
         if self._identity is None:
-            self._enroll()
-        assert self._identity is not None
-        self._http.use_login(self._identity.device, self._identity.password)
-        manifest_bytes = self._http.get(self._path("manifest"), MAX_MANIFEST_BYTES)
-        manifest = ModelManifest.from_json(manifest_bytes)
-        for block in manifest.blocks_for(self._data or manifest.modalities):
-            self._fetch_artifacts(block)
-        self._store.write_file(MANIFEST_NAME, manifest_bytes)
+            self._identity = self._downlink.enroll(self._token, self._device, modalities)
+        self._downlink.log_in(self._identity)
+        self._downlink.fetch_model(modalities, self._identity.private_blocks)
         self._model = None
         self._current_model()
-
-    def _enroll(self) -> None:
-        self._http.use_token(self._token)
-        body = {"device": self._device, "modalities": sorted(self._data or {})}
-        reply = self._http.post_json(self._path("enroll"), body)
-        try:
-            self._identity = read(Identity, reply)
-        except ValueError as error:
-            raise TransportError(f"the server's enrollment reply is malformed: {error}") from error
-        self._store.write_identity(self._identity)
-
-    def _fetch_artifacts(self, block: Block) -> None:
-        is_private = self._is_private(block)
-        files = [block.artifacts.training_model, block.artifacts.eval_model]
-        for artifact in files + [block.artifacts.parameters] * is_private:
-            known = self._store.read_file(artifact.path)
-            if known is None or hashlib.sha256(known).hexdigest() != artifact.sha256:
-                self._store.write_file(artifact.path, self._download_artifact(artifact))
-
-    def _download_artifact(self, artifact: Artifact) -> bytes:
-        data = self._http.get(self._path(f"artifacts/{artifact.path}"), artifact.num_bytes)
-        check_artifact(artifact, data)
-        return data
-
-    def _get_session(self) -> Session:
-        try:
-            return read(Session, self._http.get_json(self._path("session")))
-        except ValueError as error:
-            raise TransportError(f"the server's session reply is malformed: {error}") from error
+        return self._downlink.get_session()
 
     def _checked_data(self) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
         manifest = self._current_model().manifest
@@ -340,12 +292,13 @@ class EdgeClient:
             task = await tasks.get()
             self._check_blocks(task)
             if isinstance(task, wire.Finish):
-                await self._call(self._fetch_blocks, task.blocks)
+                await self._fetch_patiently(task)
                 return
             if task.round_num < self._state.round_num:
                 log.warning("ignored a task of round %d, long trained", task.round_num)
                 continue
             if task.round_num > self._state.round_num:
+                await self._fetch_patiently(task)
                 await self._call(self._train_round, task, inputs, labels)
             await self._deliver_outbox(uplink)
 
@@ -358,11 +311,20 @@ class EdgeClient:
                 f"it shares {sorted(shareable)}"
             )
 
+    async def _fetch_patiently(self, task: wire.Task | wire.Finish) -> None:
+        for delay_s in delays(*BACKOFF_S):
+            try:
+                await self._call(self._fetch_blocks, task.blocks)
+                break
+            except TransportError as error:  # the server may be on its way back
+                log.warning("no blocks yet (%s): trying again", error)
+                await asyncio.sleep(delay_s)
+
     def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
         """Downloads the shared blocks whose version is not here, and keeps them."""
         model = self._current_model()
         fetched = {
-            name: self._download_block(model.manifest.block(name), pointer)
+            name: self._downlink.fetch_block(model.manifest.block(name), pointer)
             for name, pointer in wanted.items()
             if self._versions.get(name) != pointer.version
         }
@@ -374,21 +336,10 @@ class EdgeClient:
             vectors = base.vectors | {name: to_bytes(vector) for name, vector in fetched.items()}
             self._store.write_shared(Shared(self._versions, vectors))
 
-    def _download_block(self, block: Block, pointer: wire.BlockVersion) -> Vector:
-        path = self._path(f"blocks/{block.name}/{pointer.version}")
-        data = self._http.get(path, 4 * block.size)
-        if hashlib.sha256(data).hexdigest() != pointer.sha256:
-            raise TransportError(f"block {block.name} version {pointer.version}: wrong sha256")
-        try:
-            return from_bytes(data, block.size)
-        except ValueError as error:
-            raise TransportError(f"block {block.name}: {error}") from error
-
     def _train_round(
         self, task: wire.Task, inputs: dict[str, NDArray[np.float32]], labels: NDArray[np.int64]
     ) -> None:
         """Trains one round and writes private blocks and outbox in one atomic step."""
-        self._fetch_blocks(task.blocks)
         self._on_round(RoundInfo(task.round_num, task.num_rounds))
         model = self._current_model()
         before = {block.name: model.parameters[block.name] for block in model.held}
@@ -447,9 +398,6 @@ class EdgeClient:
 
     def _is_private(self, block: Block) -> bool:
         return self._identity is None or block.name in self._identity.private_blocks
-
-    def _path(self, what: str) -> str:
-        return f"/v1/{self._federation}/{what}"
 
     def _on_batch(self, done: int, total: int) -> None:
         if self._is_stopping.is_set():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import socket
 import ssl
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
+from petalfl.backoff import delays
 from petalfl.errors import TransportError
 from petalfl.transport import Handler, dispatch
 
@@ -160,18 +160,15 @@ class MqttTransport:
         self._misc()
 
     async def _keep_connected(self) -> None:
-        delay_s = BACKOFF_S[0]
         while True:
             await self._lost.wait()
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))  # not all devices at once
-            try:
-                await self._connect_once()
-            except TransportError as error:
-                log.warning("%s", error)
-                self._lost.set()
-                delay_s = min(2 * delay_s, BACKOFF_S[1])
-                continue
-            delay_s = BACKOFF_S[0]
+            for delay_s in delays(*BACKOFF_S):
+                await asyncio.sleep(delay_s)
+                try:
+                    await self._connect_once()
+                    break
+                except TransportError as error:
+                    log.warning("%s", error)
             log.info("connected to %s again", self._endpoint)
             for topic_filter in self._handlers:
                 self._client.subscribe(topic_filter, qos=1)

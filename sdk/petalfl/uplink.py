@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 
 from petalfl import topics, wire
+from petalfl.backoff import delays
 from petalfl.errors import TransportError
 from petalfl.store import Outgoing
 from petalfl.transport import Transport
@@ -43,15 +43,14 @@ class Uplink:
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
         missing = set(range(len(chunks)))
-        delay_s = BACKOFF_S[0]
+        delay_s = delays(*BACKOFF_S)
         while True:
             try:
                 receipt = await self._attempt(message, [chunks[i] for i in sorted(missing)])
             except (TransportError, asyncio.TimeoutError) as error:
                 log.warning("no receipt yet (%s): asking again", error or "timeout")
                 missing = set()  # ask first what has arrived
-                await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
-                delay_s = min(2 * delay_s, BACKOFF_S[1])
+                await asyncio.sleep(next(delay_s))
                 continue
             if receipt.status != "missing":
                 return receipt

@@ -185,12 +185,6 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
             if self._get_handler(client_session) is handler:
                 await self._cleanup_session(client_session.client_id)
 
-    async def _cleanup_session(self, client_id: str) -> None:
-        handler = self._sessions.get(client_id, (None, None))[1]
-        if handler is not None and handler.writer is not None:
-            await handler.writer.close()  # ends the reader, for which `stop` would wait
-        await super()._cleanup_session(client_id)
-
     async def _handle_disconnect(self, client_session: Any, handler: Any, waiter: Any) -> None:
         while not client_session.delivered_message_queue.empty():  # acknowledged already
             message: asyncio.Future[Any] = asyncio.Future()

@@ -1,0 +1,110 @@
+"""A device's way down: enrollment, the model's files and block versions, over HTTP.
+
+Everything is checked against a digest before it is kept. Its methods block: call them on a
+thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated
+
+from petalfl.errors import TransportError
+from petalfl.http import HttpClient
+from petalfl.model import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Artifact,
+    Block,
+    ModelManifest,
+    check_artifact,
+)
+from petalfl.schema import Limit, read
+from petalfl.store import DeviceStore, Identity
+from petalfl.vectors import Vector, from_bytes
+from petalfl.wire import BlockVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Where the federation's broker is now."""
+
+    mqtt_host: Annotated[str, Limit(1, 256)]
+    mqtt_port: Annotated[int, Limit(1, 65535)]
+    mqtt_is_tls: bool
+
+
+class Downlink:
+    """One federation on one server, as one device reaches it.
+
+    Every method raises `EnrollError` where the server does not accept the token or credential,
+    and `TransportError` where it cannot be reached or sends what it should not.
+    """
+
+    def __init__(self, url: str, federation: str, store: DeviceStore) -> None:
+        self._http = HttpClient(url)
+        self._root = f"/v1/{federation}"
+        self._store = store
+
+    def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
+        """Trades the join token for this device's own credential, and keeps that."""
+        self._http.use_token(token)
+        body = {"device": device, "modalities": sorted(modalities)}
+        try:
+            identity = read(Identity, self._http.post_json(f"{self._root}/enroll", body))
+        except ValueError as error:
+            raise TransportError(f"the server's enrollment reply is malformed: {error}") from error
+        self._store.write_identity(identity)
+        return identity
+
+    def log_in(self, identity: Identity) -> None:
+        """Uses the device's own credential from now on."""
+        self._http.use_login(identity.device, identity.password)
+
+    def get_session(self) -> Session:
+        """Asks where the broker is."""
+        try:
+            return read(Session, self._http.get_json(f"{self._root}/session"))
+        except ValueError as error:
+            raise TransportError(f"the server's session reply is malformed: {error}") from error
+
+    def fetch_model(self, modalities: Collection[str], private_blocks: Collection[str]) -> None:
+        """Brings manifest and artifacts of the device's own blocks up to date in the store.
+
+        Args:
+            modalities: The device's; empty means all of the model's.
+            private_blocks: Their initial values are fetched too; shared ones come as versions.
+
+        Raises:
+            ModelError: The manifest is unusable, or has none of the modalities.
+        """
+        data = self._http.get(f"{self._root}/manifest", MAX_MANIFEST_BYTES)
+        manifest = ModelManifest.from_json(data)
+        for block in manifest.blocks_for(modalities or manifest.modalities):
+            files = [block.artifacts.training_model, block.artifacts.eval_model]
+            if block.name in private_blocks:
+                files.append(block.artifacts.parameters)
+            for artifact in files:
+                self._fetch_artifact(artifact)
+        self._store.write_file(MANIFEST_NAME, data)
+
+    def fetch_block(self, block: Block, pointer: BlockVersion) -> Vector:
+        """A version of a shared block."""
+        path = f"{self._root}/blocks/{block.name}/{pointer.version}"
+        data = self._http.get(path, 4 * block.size)
+        if hashlib.sha256(data).hexdigest() != pointer.sha256:
+            raise TransportError(f"block {block.name} version {pointer.version}: wrong sha256")
+        try:
+            return from_bytes(data, block.size)
+        except ValueError as error:
+            raise TransportError(f"block {block.name}: {error}") from error
+
+    def _fetch_artifact(self, artifact: Artifact) -> None:
+        known = self._store.read_file(artifact.path)
+        if known is not None and hashlib.sha256(known).hexdigest() == artifact.sha256:
+            return
+        data = self._http.get(f"{self._root}/artifacts/{artifact.path}", artifact.num_bytes)
+        check_artifact(artifact, data)
+        self._store.write_file(artifact.path, data)

@@ -1,2 +1,0 @@
-import petalfl
-def test_x(): print(petalfl.__file__); assert petalfl.__file__
