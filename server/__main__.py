@@ -84,9 +84,8 @@ def _open_broker(spec: str, config: Config, state: ServerState) -> Broker:
 
 
 async def _open_gateway(broker: Broker, federation: Federation, config: Config) -> Gateway:
-    endpoint = mqtt.Endpoint(broker.endpoint.host, broker.endpoint.port, broker.endpoint.is_tls)
     transport = mqtt.MqttTransport(
-        endpoint, login=broker.server_login, client_id=f"{config.federation}-server"
+        broker.endpoint, login=broker.server_login, client_id=f"{config.federation}-server"
     )
     await transport.connect()
     gateway = Gateway(transport, config.federation, federation.manifest, federation)
@@ -114,8 +113,6 @@ async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExi
 
 def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, token: str) -> str:
     shared = [b.name for b in manifest.blocks if b.name not in config.private_blocks]
-    endpoint = broker.endpoint
-    scheme = "mqtts" if endpoint.is_tls else "mqtt"
     rounds = f"{config.num_rounds} rounds" if config.num_rounds else "rounds until stopped"
     return "\n".join(
         [
@@ -124,7 +121,7 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
             f"  private    {', '.join(config.private_blocks) or 'nothing'}",
             f"  rounds     {rounds}, each with at least {config.min_devices} devices",
             f"  http       {url}",
-            f"  broker     {scheme}://{endpoint.host}:{endpoint.port}",
+            f"  broker     {broker.endpoint}",
             f"  data       {config.data_dir}",
             "join with",
             f"  EdgeClient({url!r}, token={token!r}, …)",

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .broker import Broker, BrokerEndpoint, BrokerError
+from .broker import Broker, BrokerError
 from .embedded import EmbeddedBroker
 from .external import ExternalBroker, parse_url
 
-__all__ = ["Broker", "BrokerEndpoint", "BrokerError", "open_broker"]
+__all__ = ["Broker", "BrokerError", "open_broker"]
 
 
 def open_broker(spec: str, *, data_dir: Path, federation: str) -> Broker:

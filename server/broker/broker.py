@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from petalfl.errors import PetalError
+from petalfl.mqtt import Endpoint
 
 
 class BrokerError(PetalError):
     """A broker that cannot be started, reached or administered."""
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerEndpoint:
-    """Where an MQTT client connects."""
-
-    host: str
-    port: int
-    is_tls: bool = False
 
 
 class Broker(Protocol):
@@ -28,7 +19,7 @@ class Broker(Protocol):
     `start` has returned. Every method may raise `BrokerError`.
     """
 
-    endpoint: BrokerEndpoint
+    endpoint: Endpoint
     server_login: tuple[str, str]
 
     async def start(self) -> None:

@@ -13,7 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .broker import BrokerEndpoint, BrokerError
+from petalfl.mqtt import Endpoint
+
+from .broker import BrokerError
 from .credentials import Credential, load_credentials, make_credential, save_credentials
 from .grants import topic_level
 
@@ -30,7 +32,7 @@ class EmbeddedBroker:
     """
 
     def __init__(self, data_dir: Path, federation: str, port: int = 0) -> None:
-        self.endpoint = BrokerEndpoint(HOST, port)
+        self.endpoint = Endpoint(HOST, port)
         self.server_login = (SERVER_NAME, "")
         self._federation = topic_level(federation)
         self._path = data_dir / "broker" / "credentials.json"
@@ -51,7 +53,7 @@ class EmbeddedBroker:
         except BaseException:
             await self.close()
             raise
-        self.endpoint = BrokerEndpoint(HOST, answer["port"])
+        self.endpoint = Endpoint(HOST, answer["port"])
 
     async def grant(self, device: str, password: str) -> None:
         """Create or replace a device's login."""

@@ -21,7 +21,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from .broker import BrokerEndpoint, BrokerError
+from petalfl.mqtt import Endpoint
+
+from .broker import BrokerError
 from .grants import Grants, device_grants, server_grants, topic_level
 
 CONTROL = "$CONTROL/dynamic-security/v1"
@@ -36,7 +38,7 @@ Json = dict[str, Any]
 class ExternalBroker:
     """A Mosquitto that the server's login administers; passwords and roles live there."""
 
-    def __init__(self, endpoint: BrokerEndpoint, login: tuple[str, str], federation: str) -> None:
+    def __init__(self, endpoint: Endpoint, login: tuple[str, str], federation: str) -> None:
         self.endpoint = endpoint
         self.server_login = login
         self._federation = topic_level(federation)
@@ -120,9 +122,7 @@ class ExternalBroker:
 class _Exchange:
     """One connection that sends commands to the plugin and waits for all their answers."""
 
-    def __init__(
-        self, endpoint: BrokerEndpoint, login: tuple[str, str], commands: list[Json]
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, login: tuple[str, str], commands: list[Json]) -> None:
         self._where = f"{endpoint.host}:{endpoint.port}"
         self._endpoint, self._login = endpoint, login
         self._tag = secrets.token_hex(8)
@@ -216,7 +216,7 @@ def _acl(kind: str, topic: str, allow: bool) -> Json:
     return {"acltype": kind, "topic": topic, "allow": allow, "priority": 0 if allow else -1}
 
 
-def parse_url(url: str) -> tuple[BrokerEndpoint, tuple[str, str]]:
+def parse_url(url: str) -> tuple[Endpoint, tuple[str, str]]:
     """Split ``mqtt(s)://user:password@host:port`` into where to connect and the login.
 
     Raises:
@@ -230,7 +230,7 @@ def parse_url(url: str) -> tuple[BrokerEndpoint, tuple[str, str]]:
         raise BrokerError(f"found the broker {found!r} ({error}); expected {_FORM}") from error
     if not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
         raise BrokerError(f"found the broker {found!r}; expected {_FORM}")
-    return BrokerEndpoint(parts.hostname, port, parts.scheme == "mqtts"), _login(parts)
+    return Endpoint(parts.hostname, port, parts.scheme == "mqtts"), _login(parts)
 
 
 def _login(parts: SplitResult) -> tuple[str, str]:

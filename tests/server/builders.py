@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from petalfl import topics, wire
 from petalfl.model import Artifact, Artifacts, Block, Modality, ModelManifest, Parameter
+from petalfl.mqtt import Endpoint as BrokerEndpoint
 from petalfl.training import Hyperparameters
 from petalfl.transport import Handler, MemoryBroker, MemoryTransport
 from petalfl.vectors import Vector, from_bytes, to_bytes
-from server.broker import BrokerEndpoint
 from server.config import Config
 from server.federation import Federation
 from server.gateway import Gateway

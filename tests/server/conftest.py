@@ -11,7 +11,8 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from server.broker import Broker, BrokerEndpoint, open_broker
+from petalfl.mqtt import Endpoint
+from server.broker import Broker, open_broker
 from tests.mosquitto import missing_mosquitto, mosquitto
 
 WAIT_S = 5.0
@@ -21,9 +22,7 @@ OpenBroker = Callable[[], Broker]
 class Peer:
     """An MQTT client on its own thread that remembers what it received."""
 
-    def __init__(
-        self, endpoint: BrokerEndpoint, login: tuple[str, str] | None, **more: Any
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, login: tuple[str, str] | None, **more: Any) -> None:
         will, keepalive = more.pop("will", None), more.pop("keepalive", 60)
         self.received: list[tuple[str, bytes]] = []
         self._news = threading.Condition()
@@ -103,7 +102,7 @@ def broker_peer() -> Iterator[Callable[..., Peer]]:
     """Connect clients that are closed after the test."""
     with ExitStack() as stack:
 
-        def connect(endpoint: BrokerEndpoint, login: tuple[str, str] | None, **more: Any) -> Peer:
+        def connect(endpoint: Endpoint, login: tuple[str, str] | None, **more: Any) -> Peer:
             peer = Peer(endpoint, login, **more)
             stack.callback(peer.close)
             return peer

@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 import server.broker
-from server.broker import Broker, BrokerEndpoint, BrokerError, open_broker
+from petalfl.mqtt import Endpoint
+from server.broker import Broker, BrokerError, open_broker
 from server.broker.credentials import make_credential
 from server.broker.grants import covers, device_grants
 from tests.mosquitto import missing_mosquitto, mosquitto
@@ -296,7 +297,7 @@ async def test_given_port(tmp_path: Path, broker_peer: Connect) -> None:
         port = probe.getsockname()[1]
     for _ in range(2):
         async with running(embedded(tmp_path, port)) as broker:
-            assert broker.endpoint == BrokerEndpoint("127.0.0.1", port)
+            assert broker.endpoint == Endpoint("127.0.0.1", port)
             assert broker_peer(broker.endpoint, broker.server_login).is_connected
 
 
@@ -448,12 +449,12 @@ def read_to_end(raw: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     ("url", "found"),
     [
-        ("mqtt://u:p@h", BrokerEndpoint("h", 1883)),
-        ("mqtts://u:p@h", BrokerEndpoint("h", 8883, is_tls=True)),
-        ("mqtts://u:p@h:1/", BrokerEndpoint("h", 1, is_tls=True)),
+        ("mqtt://u:p@h", Endpoint("h", 1883)),
+        ("mqtts://u:p@h", Endpoint("h", 8883, is_tls=True)),
+        ("mqtts://u:p@h:1/", Endpoint("h", 1, is_tls=True)),
     ],
 )
-def test_url(tmp_path: Path, url: str, found: BrokerEndpoint) -> None:
+def test_url(tmp_path: Path, url: str, found: Endpoint) -> None:
     broker = open_broker(url, data_dir=tmp_path, federation="f")
     assert (broker.endpoint, broker.server_login) == (found, ("u", "p"))
 
@@ -577,7 +578,7 @@ class TestMosquitto:
 
 
 def test_public_names() -> None:
-    assert server.broker.__all__ == ["Broker", "BrokerEndpoint", "BrokerError", "open_broker"]
+    assert server.broker.__all__ == ["Broker", "BrokerError", "open_broker"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from petalfl.data import check_inputs, check_labels
+from petalfl.errors import DataError
+from petalfl.model import Modality, ModelManifest
+
+MANIFEST = ModelManifest(
+    format_version=1,
+    name="m",
+    modalities={"acc": Modality((3, 4)), "hr": Modality((2,)), "temp": Modality(())},
+    blocks=(),
+    loss="cross_entropy",
+    num_classes=3,
+)
+
+
+def acc(n: int = 2, dtype: str = "f4") -> Any:
+    return np.arange(12 * n).reshape(n, 3, 4).astype(dtype)
+
+
+def with_value(value: float) -> Any:
+    array = acc(3)
+    array[1, 2, 3] = value
+    return array
+
+
+GOOD_INPUTS = {
+    "float32": acc(),
+    "float64": acc(dtype="f8"),
+    "float16": acc(dtype="f2"),
+    "integers": acc(dtype="i2"),
+    "unsigned": acc(dtype="u1"),
+    "big-endian": acc(dtype=">f4"),
+    "nested lists": acc().tolist(),
+    "Fortran order": np.asfortranarray(acc()),
+    "strided": acc(4)[::2] * 0 + acc(),
+    "transposed": np.ascontiguousarray(acc().transpose(0, 2, 1)).transpose(0, 2, 1),
+    "reversed": acc()[::-1].copy()[::-1],
+    "read-only": np.frombuffer(acc().tobytes(), "f4").reshape(2, 3, 4),
+}
+
+
+@pytest.mark.parametrize("array", GOOD_INPUTS.values(), ids=GOOD_INPUTS.keys())
+def test_good_inputs_become_contiguous_float32(array: Any) -> None:
+    found = check_inputs(MANIFEST, {"acc": array})["acc"]
+    assert found.dtype == np.float32
+    assert found.dtype.isnative
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, acc())
+
+
+def test_all_modalities_or_some() -> None:
+    given = {"acc": acc(5), "hr": np.zeros((5, 2)), "temp": np.zeros(5)}
+    shapes = {name: array.shape for name, array in check_inputs(MANIFEST, given).items()}
+    assert shapes == {"acc": (5, 3, 4), "hr": (5, 2), "temp": (5,)}
+    assert list(check_inputs(MANIFEST, {"hr": given["hr"]})) == ["hr"]
+
+
+def test_the_app_keeps_its_arrays() -> None:
+    given = acc(dtype="f8")
+    check_inputs(MANIFEST, {"acc": given})[("acc")][:] = -1
+    np.testing.assert_array_equal(given, acc())
+
+
+BAD_INPUTS = {
+    "none": ({}, "no modality was given, the model has acc, hr, temp"),
+    "unknown": ({"eeg": acc()}, "unknown modality 'eeg', the model has acc, hr, temp"),
+    "one unknown": ({"acc": acc(), "": acc()}, "unknown modality ''"),
+    "one example": ({"acc": acc()[0]}, r"acc: found shape \(3, 4\), expected \(n, 3, 4\)"),
+    "channels last": ({"acc": np.zeros((2, 4, 3))}, r"acc: found shape \(2, 4, 3\)"),
+    "too short": ({"acc": np.zeros((2, 3, 3))}, r"acc: found shape \(2, 3, 3\)"),
+    "one dimension more": ({"acc": acc()[None]}, r"found shape \(1, 2, 3, 4\)"),
+    "flat": ({"hr": np.zeros(2)}, r"hr: found shape \(2,\), expected \(n, 2\)"),
+    "a number": ({"temp": 1.0}, r"temp: found shape \(\), expected \(n\)"),
+    "object": ({"acc": acc().astype(object)}, "acc: found object, expected numbers"),
+    "None": ({"acc": [[[None] * 4] * 3] * 2}, "acc: found object, expected numbers"),
+    "strings": ({"acc": acc().astype(str)}, "acc: found <U.*, expected numbers"),
+    "bytes": ({"acc": acc().astype("S")}, r"acc: found \|S.*, expected numbers"),
+    "complex": ({"acc": acc(dtype="c8")}, "acc: found complex64, expected numbers"),
+    "bool": ({"acc": acc(dtype="?")}, "acc: found bool, expected numbers"),
+    "dates": ({"acc": acc(dtype="M8[s]")}, r"acc: found datetime64\[s\], expected numbers"),
+    "NaN": ({"acc": with_value(np.nan)}, "acc: example 1 holds NaN or infinity"),
+    "infinity": ({"acc": with_value(-np.inf)}, "acc: example 1 holds NaN or infinity"),
+    "NaN in 1-D": ({"temp": [0, 1, np.nan]}, "temp: example 2 holds NaN or infinity"),
+    "empty": ({"acc": acc(0)}, r"at least 1, found \{'acc': 0\}"),
+    "one empty": ({"acc": acc(), "hr": np.zeros((0, 2))}, r"found \{'acc': 2, 'hr': 0\}"),
+    "unequal": ({"acc": acc(2), "hr": np.zeros((3, 2))}, r"found \{'acc': 2, 'hr': 3\}"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_inputs(inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_inputs(MANIFEST, inputs)
+
+
+def test_ragged_lists() -> None:
+    with pytest.raises(DataError, match="acc"):
+        check_inputs(MANIFEST, {"acc": [[[1.0] * 4] * 3, [[1.0] * 4] * 2]})
+    with pytest.raises(DataError, match="labels"):
+        check_labels(MANIFEST, [[0], [0, 1]], 2)  # type: ignore[arg-type, list-item]
+
+
+def test_a_value_beyond_float32() -> None:
+    with pytest.raises(DataError, match="acc: example 1 holds NaN or infinity"):
+        check_inputs(MANIFEST, {"acc": acc(2, "f8") * np.array([1, 1e300])[:, None, None]})
+
+
+GOOD_LABELS = {
+    "list": [0, 2, 1],
+    "int64": np.array([0, 2, 1]),
+    "uint8": np.array([0, 2, 1], np.uint8),
+    "int32 strided": np.array([0, 9, 2, 9, 1, 9], np.int32)[::2],
+}
+
+
+@pytest.mark.parametrize("labels", GOOD_LABELS.values(), ids=GOOD_LABELS.keys())
+def test_good_labels_become_int64(labels: Any) -> None:
+    found = check_labels(MANIFEST, labels, 3)
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 2, 1]
+
+
+BAD_LABELS = {
+    "too high": ([0, 3], "found 0 to 3, expected 0 to 2"),
+    "far too high": (np.array([0, 2**64 - 1], np.uint64), "expected 0 to 2"),
+    "negative": ([-1, 0], "found -1 to 0, expected 0 to 2"),
+    "float": ([0.0, 1.0], r"found float64 \(2,\), expected integers \(2,\)"),
+    "bool": ([True, False], r"found bool \(2,\), expected integers"),
+    "strings": (["0", "1"], r"found <U1 \(2,\), expected integers"),
+    "object": (np.array([0, None]), r"found object \(2,\), expected integers"),
+    "one less": ([0], r"found int64 \(1,\), expected integers \(2,\)"),
+    "one more": ([0, 1, 2], r"found int64 \(3,\), expected integers \(2,\)"),
+    "none": ([], r"found float64 \(0,\), expected integers \(2,\)"),
+    "a number": (0, r"found int64 \(\), expected integers \(2,\)"),
+    "one-hot": ([[1, 0, 0], [0, 1, 0]], r"found int64 \(2, 3\), expected integers \(2,\)"),
+    "column": ([[0], [1]], r"found int64 \(2, 1\), expected integers \(2,\)"),
+}
+
+
+@pytest.mark.parametrize(("labels", "message"), BAD_LABELS.values(), ids=BAD_LABELS.keys())
+def test_bad_labels(labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"labels: .*{message}"):
+        check_labels(MANIFEST, labels, 2)
