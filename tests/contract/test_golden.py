@@ -10,6 +10,7 @@ import tracemalloc
 
 import msgpack
 import pytest
+
 from petalfl.errors import WireError
 from petalfl.training import Hyperparameters
 from petalfl.wire import (
@@ -199,8 +200,8 @@ ATTACKS: dict[str, bytes] = {
     "block empty": update(block=""),
     "block begins with a dash": update(block="-head"),
     "block and a newline": update(block="head\n"),
-    "block in other letters": update(block="hе" + "ad"),  # a Cyrillic е
-    "block in other digits": update(block="head١"),
+    "block in other letters": update(block="h\u0435ad"),
+    "block in other digits": update(block="head\u0661"),
     "unknown status": receipt(status="maybe"),
     "status true": receipt(status=True),
     "reason too long": receipt(reason="x" * 257),

@@ -33,4 +33,4 @@ def test_petalfl_loads_nothing_that_a_device_lacks() -> None:
     loaded = json.loads(result.stdout)
     files = {path.stem for path in (root / "sdk" / "petalfl").glob("*.py")} - {"__init__"}
     assert loaded.keys() == {"petalfl", *(f"petalfl.{name}" for name in files)}
-    assert loaded == dict.fromkeys(loaded, [])
+    assert loaded == {name: [] for name in loaded}

@@ -3,18 +3,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from petalfl.errors import ModelError
-from petalfl.model import MANIFEST_NAME, ModelManifest, read_artifact
 from torch import nn
 
 from export import BlockModel, export_model
 from export.models.har import watch
+from petalfl.errors import ModelError
+from petalfl.model import MANIFEST_NAME, ModelManifest, read_artifact
 from tests.export.tiny import CLASSES, Lambda, SumFusion, blocks_of, small, tiny
 
 
@@ -122,9 +122,7 @@ def shared() -> BlockModel:
 
 
 def unused() -> BlockModel:
-    return tiny(
-        Lambda(lambda m, x: m.one(x.flatten(1)), one=nn.Linear(24, 4), two=nn.Linear(3, 2))
-    )
+    return tiny(Lambda(lambda m, x: m.one(x.flatten(1)), one=nn.Linear(24, 4), two=nn.Linear(3, 2)))
 
 
 def dropped_twice() -> nn.Module:
@@ -249,7 +247,7 @@ REFUSED_BY_ACCIDENT: dict[str, Callable[[], BlockModel]] = {
     ),
     "a-slash-in-a-modality": lambda: renamed("a/b"),
     "custom-gradient": lambda: tiny(
-        Lambda(lambda m, x: Twice.apply(m.out(x.flatten(1))), out=nn.Linear(24, 4))
+        Lambda(lambda m, x: twice(m.out(x.flatten(1))), out=nn.Linear(24, 4))
     ),
     "no-gradient-at-all": lambda: tiny(
         linear(), head=Lambda(lambda m, x: x[:, :3] + 0 * m.out(x), out=nn.Linear(4, 3))
@@ -267,6 +265,9 @@ class Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         return g * 2
+
+
+twice: Callable[[torch.Tensor], torch.Tensor] = cast(Any, Twice).apply
 
 
 @pytest.mark.parametrize("case", REFUSED_BY_ACCIDENT)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from petalfl.model import ModelManifest
 from torch import nn
 
 from export import BlockModel
 from export.__main__ import main
+from petalfl.model import ModelManifest
 from tests.export.tiny import Lambda, tiny
 
 ROOT = Path(__file__).parents[2]

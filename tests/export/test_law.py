@@ -264,9 +264,7 @@ def perceptron(activation: nn.Module) -> nn.Module:
 
 def conv(*layers: nn.Module, width: int = 32) -> nn.Module:
     """A convolution of the (3, 8) example, ``layers``, and a linear map of ``width`` to 4."""
-    return nn.Sequential(
-        nn.Conv1d(3, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(width, 4)
-    )
+    return nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(width, 4))
 
 
 # Encoders of (b, 3, 8) that export exactly, and must go on to do so.
@@ -350,7 +348,9 @@ EXACT_OR_REFUSED: dict[str, Callable[[], nn.Module]] = {
         nn.Flatten(), nn.Linear(24, 4).requires_grad_(False), nn.Linear(4, 4)
     ),
     "counting": lambda: Counting(),
-    "noise": lambda: Lambda(lambda m, x: m.out(x.flatten(1)) + torch.randn(4), out=nn.Linear(24, 4)),
+    "noise": lambda: Lambda(
+        lambda m, x: m.out(x.flatten(1)) + torch.randn(4), out=nn.Linear(24, 4)
+    ),
     "value-dependent": lambda: Lambda(
         lambda m, x: m.out(x.flatten(1)) * (1 if x.sum() > 0 else 2), out=nn.Linear(24, 4)
     ),
@@ -461,8 +461,8 @@ except ModelError as error:
 def test_average_pooling_does_not_kill_the_process(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run(
-        [sys.executable, "-c", AVERAGE_POOL], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True, text=True,
+        [sys.executable, "-c", AVERAGE_POOL], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from petalfl.model import ModelManifest
 from torch import Tensor, nn
 
 from export.models.har import AttentionFusion, MlpHead, SensorEncoder, watch
+from petalfl.model import ModelManifest
 
 
 def size(module: nn.Module) -> int:

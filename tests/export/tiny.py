@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class SumFusion(nn.Module):
             projection(embeddings[name]) * present[:, i : i + 1]
             for i, (name, projection) in enumerate(self.projections.items())
         ]
-        return cast(Tensor, torch.stack(parts).sum(0))
+        return torch.stack(parts).sum(0)
 
 
 def tiny(encoder: nn.Module, shape: tuple[int, ...] = (3, 8), **changes: Any) -> BlockModel:
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
 def blocks_of(model: BlockModel, modalities: Sequence[str]) -> dict[str, nn.Module]:
     """The modules of a device with these modalities, by the block's name."""
-    encoders = {f"encoder-{m}": cast(nn.Module, model.encoders[m]) for m in modalities}
+    encoders = {f"encoder-{m}": model.encoders[m] for m in modalities}
     return encoders | {"fusion": model.fusion, "head": model.head}
 
 

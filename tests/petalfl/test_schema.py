@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from petalfl.schema import Limit, Name, Pattern, Sha256, plain, read
 
 
@@ -104,13 +105,14 @@ def test_a_missing_field(field: str) -> None:
 
 @pytest.mark.parametrize("key", ["more", "", "__class__", 1, b"flag", None, ("a",)])
 def test_an_unknown_field(key: object) -> None:
-    with pytest.raises(ValueError, match="^Sample: unknown field"):
-        read(Sample, {**VALID, key: 1})  # type: ignore[dict-item]
+    value: dict[Any, Any] = {**VALID, key: 1}
+    with pytest.raises(ValueError, match=r"^Sample: unknown field"):
+        read(Sample, value)
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 3, b"", True, [("flag", True)]])
 def test_no_mapping(value: object) -> None:
-    with pytest.raises(ValueError, match="^manifest: expected a mapping, found"):
+    with pytest.raises(ValueError, match=r"^manifest: expected a mapping, found"):
         read(Sample, value, "manifest")
 
 
@@ -185,7 +187,8 @@ def test_any_value_at_all_is_refused(value: object) -> None:
 @pytest.mark.parametrize(
     ("hint", "good", "bad"),
     [
-        (Name, ["a", "0", "a-", "x" * 64, "0-9"], ["", "-a", "A", "a_b", "a.b", "x" * 65, "a\n", "é"]),
+        (Name, ["a", "0", "a-", "x" * 64, "0-9"],
+         ["", "-a", "A", "a_b", "a.b", "x" * 65, "a\n", "é"]),
         (Sha256, ["0" * 64, "0123456789abcdef" * 4], ["0" * 63, "0" * 65, "G" * 64, "A" * 64]),
     ],
 )  # fmt: skip

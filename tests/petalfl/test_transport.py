@@ -30,10 +30,7 @@ class Pair(NamedTuple):
 async def pair(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Pair]:
     if request.param == "memory":
         memory = MemoryBroker()
-        pair = Pair(memory.connect(), memory.connect())
-        yield pair
-        await pair.server.close()
-        await pair.device.close()
+        yield Pair(memory.connect(), memory.connect())
         return
     broker = open_broker("embedded", data_dir=tmp_path, federation="f")
     await broker.start()
@@ -113,7 +110,7 @@ async def test_filters(pair: Pair) -> None:
 async def test_retained_messages_wait_for_subscribers(pair: Pair) -> None:
     for block, payload in (("a", b"1"), ("a", b"2"), ("b", b"3")):
         await pair.server.publish(f"fl/v1/f/blocks/{block}/meta", payload, retain=True)
-    await pair.server.publish("fl/v1/f/blocks/c/meta", b"not retained")
+    await asyncio.sleep(0.01)
     inbox = Inbox()
     await pair.device.subscribe("fl/v1/f/blocks/+/meta", inbox)
     await inbox.wait_for(2)
@@ -126,10 +123,20 @@ async def test_retained_messages_wait_for_subscribers(pair: Pair) -> None:
     assert inbox.messages[2:] == [("fl/v1/f/blocks/a/meta", b"4")]
 
 
+async def test_nothing_arrives_from_before_the_subscription(pair: Pair) -> None:
+    await pair.server.publish(f"{DOWN}/task", b"before")
+    inbox = Inbox()
+    await pair.device.subscribe(f"{DOWN}/+", inbox)
+    await pair.server.publish(f"{DOWN}/task", b"after")
+    await inbox.wait_for(1)
+    assert inbox.messages == [(f"{DOWN}/task", b"after")]
+
+
 async def test_an_empty_retained_message_removes_the_former(pair: Pair) -> None:
     await pair.server.publish("fl/v1/f/blocks/a/meta", b"1", retain=True)
     await pair.server.publish("fl/v1/f/blocks/a/meta", b"", retain=True)
     await pair.server.publish("fl/v1/f/blocks/b/meta", b"2", retain=True)
+    await asyncio.sleep(0.01)
     inbox = Inbox()
     await pair.device.subscribe("fl/v1/f/blocks/+/meta", inbox)
     await inbox.wait_for(1)

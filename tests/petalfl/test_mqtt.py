@@ -1,0 +1,706 @@
+"""`MqttTransport` against the embedded broker, over a cable that a test can pull."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+
+from petalfl.errors import TransportError
+from petalfl.mqtt import Endpoint, MqttTransport
+from server.broker import Broker, open_broker
+from tests.mosquitto import missing_mosquitto, mosquitto
+
+CHUNK = 120 * 1024
+UP, STATUS = "fl/v1/f/req/dev-1", "fl/v1/f/dev/dev-1/status"
+DOWN = "fl/v1/f/down/dev-1"
+LOGIN = ("dev-1", "pw-1")
+Opener = Callable[..., Awaitable[MqttTransport]]
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+async def broker(tmp_path: Path, stack: AsyncExitStack) -> Broker:
+    return await start_broker(tmp_path, stack)
+
+
+async def start_broker(folder: Path, stack: AsyncExitStack, spec: str = "embedded") -> Broker:
+    broker = open_broker(spec, data_dir=folder, federation="f")
+    await broker.start()
+    stack.push_async_callback(broker.close)
+    await broker.grant(*LOGIN)
+    return broker
+
+
+@pytest.fixture
+def connect(broker: Broker, stack: AsyncExitStack) -> Opener:
+    """Connects a device, or with ``is_server`` the server; closed after the test."""
+
+    async def connect(*, is_server: bool = False, **changes: Any) -> MqttTransport:
+        port = changes.pop("port", broker.endpoint.port)
+        defaults = {
+            "login": broker.server_login if is_server else LOGIN,
+            "client_id": "server" if is_server else "dev-1",
+        }
+        transport = MqttTransport(Endpoint("127.0.0.1", port), **{**defaults, **changes})
+        stack.push_async_callback(transport.close)
+        await transport.connect()
+        return transport
+
+    return connect
+
+
+@pytest.fixture
+def is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.mqtt.BACKOFF_S", (0.05, 0.1))
+
+
+class Cable:
+    """A TCP relay to a broker: `pull` breaks it, `plug` mends it, `mute` keeps only the form."""
+
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.target, self.port = port, 0
+        self.num_connections = 0
+        self.is_mute = False
+        self.num_stalled = 0
+        self._tls = tls
+        self._server: asyncio.Server | None = None
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._relays: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_in_use(self) -> bool:
+        return bool(self._relays)
+
+    async def plug(self) -> None:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, limit=1 << 20, ssl=self._tls
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def pull(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.cut()
+        if self._relays:
+            await asyncio.wait(self._relays)
+
+    def cut(self) -> None:
+        """Breaks the connections there are; new ones come through."""
+        for end in self._ends:
+            end.transport.abort()
+        for relay in self._relays:
+            relay.cancel()
+
+    def stall(self) -> None:
+        """Swallows what the connections there are carry, without breaking them."""
+        self.num_stalled = self.num_connections
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        self._ends.add(writer)
+        if self.is_mute:
+            return
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        self._ends.add(far_writer)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            relay = asyncio.create_task(self._relay(self.num_connections, source, sink))
+            self._relays.add(relay)
+            relay.add_done_callback(self._relays.discard)
+
+    async def _relay(
+        self, number: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                if number > self.num_stalled:
+                    sink.write(data)
+                    await sink.drain()
+        except (OSError, asyncio.CancelledError):
+            pass
+        sink.close()
+
+
+@pytest.fixture
+async def cable(broker: Broker, stack: AsyncExitStack) -> Cable:
+    cable = Cable(broker.endpoint.port)
+    await cable.plug()
+    stack.push_async_callback(cable.pull)
+    return cable
+
+
+class Inbox:
+    """A handler that remembers, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bytes]] = []
+
+    def __call__(self, topic: str, payload: bytes) -> None:
+        self.messages.append((topic, payload))
+
+    async def wait_for(self, message: tuple[str, bytes]) -> None:
+        await until(lambda: message in self.messages, f"{message[0]}: {self.messages[-3:]}")
+
+
+async def until(is_so: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < give_up_s, f"waited for {what}"
+        await asyncio.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+# Connecting
+
+
+async def test_wrong_password(connect: Opener, broker: Broker) -> None:
+    message = f"mqtt://127.0.0.1:{broker.endpoint.port} refuses the login: Not authorized"
+    with pytest.raises(TransportError, match=message):
+        await connect(login=("dev-1", "guess"))
+
+
+async def test_no_broker(connect: Opener) -> None:
+    port = free_port()
+    with pytest.raises(TransportError, match=f"no broker answers at mqtt://127.0.0.1:{port}: .*ref"):
+        await connect(port=port)
+
+
+async def test_no_such_host() -> None:
+    transport = MqttTransport(Endpoint("nowhere.invalid", 1883), login=LOGIN, client_id="c")
+    with pytest.raises(TransportError, match=r"no broker answers at mqtt://nowhere\.invalid:1883"):
+        await transport.connect()
+    await transport.close()
+
+
+async def test_silent_peer(connect: Opener, cable: Cable) -> None:
+    cable.is_mute = True
+    message = f"127.0.0.1:{cable.port} accepted the connection but sent no CONNACK in 0.2 s"
+    with pytest.raises(TransportError, match=message):
+        await connect(port=cable.port, timeout_s=0.2)
+
+
+async def test_peer_that_hangs_up(connect: Opener, stack: AsyncExitStack) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    stack.callback(server.close)
+    port = server.sockets[0].getsockname()[1]
+    started_s = time.monotonic()
+    with pytest.raises(TransportError, match=f"mqtt://127.0.0.1:{port}"):
+        await connect(port=port, timeout_s=1.5)
+    assert time.monotonic() - started_s < 1, "the broken connection was waited on"
+
+
+async def test_refused_subscription(connect: Opener, broker: Broker) -> None:
+    device = await connect()
+    inbox = Inbox()
+    endpoint = f"mqtt://127.0.0.1:{broker.endpoint.port}"
+    for topic_filter in ("fl/v1/f/#", "fl/v1/f/down/dev-2/+"):
+        pattern = re.escape(f"{endpoint} refuses a subscription to {topic_filter}")
+        with pytest.raises(TransportError, match=pattern):
+            await device.subscribe(topic_filter, inbox)
+    mine = Inbox()
+    await device.subscribe(f"{DOWN}/+", mine)
+    server = await connect(is_server=True)
+    await server.publish(f"{DOWN}/task", b"x")
+    await mine.wait_for((f"{DOWN}/task", b"x"))
+    assert inbox.messages == []  # the refused handlers are gone
+
+
+async def test_round_trip_of_120_kib_messages_in_order(connect: Opener) -> None:
+    server, device = await connect(is_server=True), await connect()
+    arrived, answered = Inbox(), Inbox()
+    await server.subscribe("fl/v1/f/blocks/+/up/+", arrived)
+    await device.subscribe(f"{DOWN}/+", answered)
+    topic = "fl/v1/f/blocks/head/up/dev-1"
+    sent = [(topic, os.urandom(CHUNK)) for _ in range(30)]
+    await asyncio.gather(*(device.publish(*message) for message in sent))
+    await arrived.wait_for(sent[-1])
+    assert arrived.messages == sent
+    for _, payload in sent[:5]:
+        await server.publish(f"{DOWN}/chunk", payload)
+    await answered.wait_for((f"{DOWN}/chunk", sent[4][1]))
+    assert [payload for _, payload in answered.messages] == [payload for _, payload in sent[:5]]
+
+
+async def test_a_newcomer_with_the_same_client_id_takes_over(
+    connect: Opener, is_quick: None
+) -> None:
+    """As after a lost connection that the broker still holds."""
+    await connect()
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/req/+", inbox)
+    newcomer = await connect()
+    await newcomer.publish(UP, b"new")
+    await inbox.wait_for((UP, b"new"))
+
+
+# Breaks
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_break_is_mended_with_its_subscriptions(connect: Opener, cable: Cable) -> None:
+    calls: list[int] = []
+    device = await connect(
+        port=cable.port, on_connect=lambda: calls.append(cable.num_connections)
+    )
+    inbox = Inbox()
+    await device.subscribe(f"{DOWN}/+", inbox)
+    await device.subscribe("fl/v1/f/blocks/+/meta", inbox)
+    assert calls == []  # the first connect is the caller's own
+    server = await connect(is_server=True)
+    for number in (1, 2, 3):
+        cable.cut()
+        await until(lambda n=number: len(calls) == n, "on_connect")  # type: ignore[misc]
+        for topic in (f"{DOWN}/task", f"fl/v1/f/blocks/{number}/meta"):
+            await until_arrived(server, topic, inbox, str(number).encode())
+    assert calls == [2, 3, 4]
+
+
+async def until_arrived(
+    sender: MqttTransport, topic: str, inbox: Inbox, payload: bytes
+) -> None:
+    """Sends until it comes: on_connect is called before the subscriptions are answered."""
+    async def attempt() -> bool:
+        await sender.publish(topic, payload)
+        await asyncio.sleep(0.05)
+        return (topic, payload) in inbox.messages
+
+    for _ in range(50):
+        if await attempt():
+            return
+    raise AssertionError(f"{topic} never came")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_what_is_published_during_a_break_arrives(connect: Opener, cable: Cable) -> None:
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/req/+", inbox)
+    device = await connect(port=cable.port)
+    await device.publish(UP, b"before")
+    await cable.pull()
+    await asyncio.sleep(0.05)
+    publishing = [asyncio.create_task(device.publish(UP, bytes([i]))) for i in range(40)]
+    await asyncio.sleep(0.2)
+    assert not any(task.done() for task in publishing)  # none is claimed to be there
+    await cable.plug()
+    await asyncio.gather(*publishing)
+    await inbox.wait_for((UP, bytes([39])))
+    payloads = [payload for _, payload in inbox.messages]
+    assert payloads == [b"before", *(bytes([i]) for i in range(40))]
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_break_amid_large_messages_loses_none(connect: Opener, cable: Cable) -> None:
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/blocks/+/up/+", inbox)
+    device = await connect(port=cable.port)
+    topic = "fl/v1/f/blocks/head/up/dev-1"
+    sent = [bytes([i]) * CHUNK for i in range(60)]
+    publishing = [asyncio.create_task(device.publish(topic, payload)) for payload in sent]
+    await until(lambda: len(inbox.messages) > 5, "the first messages")
+    cable.cut()
+    await asyncio.gather(*publishing)
+    assert cable.num_connections == 2
+    await until(lambda: {p[0] for _, p in inbox.messages} == set(range(60)), "the last messages")
+    assert {payload for _, payload in inbox.messages} == set(sent)  # whole; some came twice
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_subscribing_during_a_break(connect: Opener, cable: Cable) -> None:
+    calls: list[None] = []
+    device = await connect(port=cable.port, on_connect=lambda: calls.append(None))
+    server, inbox = await connect(is_server=True), Inbox()
+    await cable.pull()
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(device.subscribe(f"{DOWN}/+", inbox), 1)
+    await cable.plug()
+    await until(lambda: bool(calls), "on_connect")
+    await until_arrived(server, f"{DOWN}/task", inbox, b"x")
+
+
+async def test_a_publish_gives_up_in_time(connect: Opener, cable: Cable) -> None:
+    device = await connect(port=cable.port, timeout_s=0.3)
+    await cable.pull()
+    with pytest.raises(TransportError, match=f"took no message on {UP} in 0.3 s"):
+        await device.publish(UP, b"x")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_broker_killed_and_started_again(
+    tmp_path: Path, broker: Broker, connect: Opener, stack: AsyncExitStack
+) -> None:
+    calls: list[None] = []
+    device = await connect(on_connect=lambda: calls.append(None))
+    inbox, answers = Inbox(), Inbox()
+    await device.subscribe(f"{DOWN}/+", answers)
+    os.kill(broker._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    await asyncio.sleep(0.1)
+    publishing = asyncio.create_task(device.publish(STATUS, b"during", retain=True))
+    again = await start_broker(tmp_path, stack, f"embedded:{broker.endpoint.port}")
+    server = await connect(is_server=True, login=again.server_login)
+    await server.subscribe("fl/v1/f/dev/+/status", inbox)
+    await publishing
+    await inbox.wait_for((STATUS, b"during"))
+    await until(lambda: bool(calls), "on_connect")
+    await until_arrived(server, f"{DOWN}/task", answers, b"x")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_broker_that_is_silent_for_a_while(
+    connect: Opener, cable: Cable, stack: AsyncExitStack
+) -> None:
+    """It accepts connections before it answers, as when it starts or is overloaded."""
+    calls: list[None] = []
+    device = await connect(
+        port=cable.port, timeout_s=0.3, on_connect=lambda: calls.append(None)
+    )
+    cable.is_mute = True
+    cable.cut()
+    await until(lambda: cable.num_connections >= 3, "a second attempt", 2)
+    cable.is_mute = False
+    await until(lambda: bool(calls), "on_connect", 2)
+    await device.publish(UP, b"x")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_login_refused_for_a_while(
+    broker: Broker, connect: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[None] = []
+    device = await connect(on_connect=lambda: calls.append(None))
+    await broker.revoke("dev-1")  # cuts the connection too
+    await until(lambda: "refuses the login" in caplog.text, "a refused attempt")
+    assert not calls
+    await broker.grant(*LOGIN)
+    await until(lambda: bool(calls), "on_connect")
+    await device.publish(UP, b"x")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_peer_that_fell_silent_is_given_up(
+    connect: Opener, cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead radio link breaks no socket: only the missing answers to pings tell."""
+    monkeypatch.setattr("petalfl.mqtt.KEEPALIVE_S", 1)
+    monkeypatch.setattr("petalfl.mqtt.MISC_INTERVAL_S", 0.05)
+    calls: list[None] = []
+    device = await connect(port=cable.port, on_connect=lambda: calls.append(None))
+    await asyncio.sleep(1.5)  # alive and idle: pings keep it
+    assert (cable.num_connections, calls) == (1, [])
+    cable.stall()
+    await until(lambda: bool(calls), "on_connect")
+    assert cable.num_connections == 2
+    await device.publish(UP, b"x")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_failing_on_connect_ends_nothing(connect: Opener, cable: Cable) -> None:
+    calls: list[None] = []
+
+    def fail() -> None:
+        calls.append(None)
+        raise ZeroDivisionError
+
+    device = await connect(port=cable.port, on_connect=fail)
+    for number in (1, 2):
+        cable.cut()
+        await until(lambda n=number: len(calls) == n, "on_connect", 2)  # type: ignore[misc]
+    await device.publish(UP, b"x")
+
+
+# Last will
+
+
+WILLING = """
+import asyncio, sys
+from petalfl.mqtt import Endpoint, MqttTransport
+
+async def main():
+    transport = MqttTransport(
+        Endpoint("127.0.0.1", int(sys.argv[1])), login=("dev-1", "pw-1"), client_id="dev-1",
+        will=("fl/v1/f/dev/dev-1/status", b"gone"),
+    )
+    await transport.connect()
+    await transport.publish("fl/v1/f/dev/dev-1/status", b"here", retain=True)
+    print("here", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_the_will_of_a_killed_process_is_published(
+    connect: Opener, broker: Broker
+) -> None:
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/dev/+/status", inbox)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WILLING, str(broker.endpoint.port), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"here\n"
+    await inbox.wait_for((STATUS, b"here"))
+    process.kill()
+    await process.wait()
+    await inbox.wait_for((STATUS, b"gone"))
+    late = Inbox()
+    other = await connect(is_server=True, client_id="late")
+    await other.subscribe("fl/v1/f/dev/+/status", late)
+    await late.wait_for((STATUS, b"gone"))  # retained, so that a restarted server sees it
+
+
+async def test_no_will_after_a_goodbye(connect: Opener) -> None:
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/dev/+/status", inbox)
+    device = await connect(will=(STATUS, b"gone"))
+    await device.close()
+    await server.publish(STATUS, b"later")
+    await inbox.wait_for((STATUS, b"later"))
+    assert inbox.messages == [(STATUS, b"later")]
+
+
+# Leaving nothing behind
+
+
+def open_sockets() -> int:
+    gc.collect()
+    links = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    return sum(link.startswith("socket:") for link in links)
+
+
+async def settled(sockets: int, tasks: int) -> None:
+    await until(
+        lambda: (open_sockets(), len(asyncio.all_tasks())) == (sockets, tasks),
+        f"{sockets} sockets and {tasks} tasks: {open_sockets()} and {asyncio.all_tasks()}",
+        3,
+    )
+
+
+@pytest.mark.usefixtures("is_quick")
+@pytest.mark.parametrize("when", ["idle", "after a break", "during a break", "after a refusal"])
+async def test_close_leaves_nothing(
+    broker: Broker, cable: Cable, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.get_running_loop().set_debug(True)
+    sockets, tasks = open_sockets(), len(asyncio.all_tasks())
+    endpoint = Endpoint("127.0.0.1", cable.port)
+    login = ("dev-1", "guess") if when == "after a refusal" else LOGIN
+    calls: list[None] = []
+    transport = MqttTransport(
+        endpoint, login=login, client_id="dev-1", on_connect=lambda: calls.append(None)
+    )
+    if when == "after a refusal":
+        with pytest.raises(TransportError):
+            await transport.connect()
+    else:
+        await transport.connect()
+        await transport.subscribe(f"{DOWN}/+", Inbox())
+        await transport.publish(UP, b"x")
+    if when == "after a break":
+        cable.cut()
+        await until(lambda: bool(calls), "on_connect")
+    if when == "during a break":
+        await cable.pull()
+        await asyncio.sleep(0.1)
+    await transport.close()
+    await cable.pull()
+    await settled(sockets - 1, tasks)  # the cable's listener is closed too
+    assert [r for r in caplog.records if r.name == "asyncio" and r.levelno >= logging.WARNING] == []
+
+
+async def test_a_failed_connect_leaves_nothing(broker: Broker, cable: Cable) -> None:
+    cable.is_mute = True
+    sockets, tasks = open_sockets(), len(asyncio.all_tasks())
+    transport = MqttTransport(
+        Endpoint("127.0.0.1", cable.port), login=LOGIN, client_id="c", timeout_s=0.1
+    )
+    with pytest.raises(TransportError, match="no CONNACK"):
+        await transport.connect()
+    cable.cut()
+    await settled(sockets, tasks)
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_close_while_it_connects_again(
+    cable: Cable, connect: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connect runs on a thread, which a cancelled task does not end."""
+    device = await connect(port=cable.port)
+    is_connecting = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    original = paho.Client.connect
+
+    def slow_connect(self: paho.Client, *arguments: Any) -> Any:
+        loop.call_soon_threadsafe(is_connecting.set)
+        time.sleep(0.3)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(paho.Client, "connect", slow_connect)
+    cable.cut()
+    await asyncio.wait_for(is_connecting.wait(), 5)
+    await device.close()
+    await asyncio.sleep(0.5)
+    assert not cable.is_in_use, "it connected unseen"
+
+
+async def test_100_clients_on_one_loop(tmp_path: Path, stack: AsyncExitStack) -> None:
+    broker = await start_broker(tmp_path, stack)
+    names = [f"dev-{i}" for i in range(100)]
+    for name in names:
+        await broker.grant(name, f"pw-{name}")
+    sockets, tasks = open_sockets(), len(asyncio.all_tasks())
+    endpoint = Endpoint("127.0.0.1", broker.endpoint.port)
+    server = MqttTransport(endpoint, login=broker.server_login, client_id="server")
+    clients = {
+        name: MqttTransport(endpoint, login=(name, f"pw-{name}"), client_id=name)
+        for name in names
+    }
+    up = Inbox()
+    down = {name: Inbox() for name in names}
+    await server.connect()
+    await server.subscribe("fl/v1/f/req/+", up)
+    await asyncio.gather(*(client.connect() for client in clients.values()))
+    await asyncio.gather(
+        *(clients[n].subscribe(f"fl/v1/f/down/{n}/+", down[n]) for n in names)
+    )
+    await asyncio.gather(
+        *(clients[n].publish(f"fl/v1/f/req/{n}", f"{n} {i}".encode()) for n in names for i in (0, 1))
+    )
+    await until(lambda: len(up.messages) >= 200, "200 messages")
+    expected = [(f"fl/v1/f/req/{n}", f"{n} {i}".encode()) for n in names for i in (0, 1)]
+    assert sorted(up.messages) == sorted(expected)
+    await asyncio.gather(*(server.publish(f"fl/v1/f/down/{n}/task", n.encode()) for n in names))
+    for name in names:
+        await down[name].wait_for((f"fl/v1/f/down/{name}/task", name.encode()))
+        assert len(down[name].messages) == 1
+    await asyncio.gather(*(client.close() for client in clients.values()), server.close())
+    await settled(sockets, tasks)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate of 127.0.0.1, with its key in the same file."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = [
+        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+        "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext",
+        "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate),
+    ]  # fmt: skip
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not on PATH")
+    certificate.write_text(key.read_text() + certificate.read_text())
+    return certificate
+
+
+@pytest.fixture
+async def tls_cable(broker: Broker, stack: AsyncExitStack, certificate: Path) -> Cable:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    cable = Cable(broker.endpoint.port, context)
+    await cable.plug()
+    stack.push_async_callback(cable.pull)
+    return cable
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_tls(
+    tls_cable: Cable,
+    certificate: Path,
+    connect: Opener,
+    stack: AsyncExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    calls: list[None] = []
+    device = MqttTransport(
+        Endpoint("127.0.0.1", tls_cable.port, is_tls=True),
+        login=LOGIN,
+        client_id="dev-1",
+        on_connect=lambda: calls.append(None),
+    )
+    stack.push_async_callback(device.close)
+    await device.connect()
+    server, up, down = await connect(is_server=True), Inbox(), Inbox()
+    await server.subscribe("fl/v1/f/req/+", up)
+    await device.subscribe(f"{DOWN}/+", down)
+    payloads = [os.urandom(CHUNK) for _ in range(10)]
+    await asyncio.gather(*(device.publish(UP, payload) for payload in payloads))
+    await asyncio.gather(*(server.publish(f"{DOWN}/chunk", payload) for payload in payloads))
+    await up.wait_for((UP, payloads[-1]))
+    await down.wait_for((f"{DOWN}/chunk", payloads[-1]))
+    assert [p for _, p in up.messages] == [p for _, p in down.messages] == payloads
+    tls_cable.cut()
+    await until(lambda: bool(calls), "on_connect")
+    await device.publish(UP, b"again")
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_untrusted_certificate(tls_cable: Cable, stack: AsyncExitStack) -> None:
+    device = MqttTransport(
+        Endpoint("127.0.0.1", tls_cable.port, is_tls=True), login=LOGIN, client_id="dev-1"
+    )
+    stack.push_async_callback(device.close)
+    message = rf"mqtts://127\.0\.0\.1:{tls_cable.port}: .*certificate verify failed"
+    with pytest.raises(TransportError, match=message):
+        await device.connect()
+
+
+# Mosquitto
+
+
+@pytest.mark.mosquitto
+@pytest.mark.skipif(missing_mosquitto() is not None, reason=str(missing_mosquitto()))
+async def test_mosquitto(tmp_path: Path, stack: AsyncExitStack) -> None:
+    broker = await start_broker(tmp_path, stack, stack.enter_context(mosquitto(tmp_path)))
+    endpoint = Endpoint(broker.endpoint.host, broker.endpoint.port)
+    server = MqttTransport(endpoint, login=broker.server_login, client_id="server")
+    device = MqttTransport(endpoint, login=LOGIN, client_id="dev-1", will=(STATUS, b"gone"))
+    for transport in (server, device):
+        stack.push_async_callback(transport.close)
+        await transport.connect()
+    inbox = Inbox()
+    await server.subscribe("fl/v1/f/req/+", inbox)
+    payloads = [os.urandom(CHUNK) for _ in range(30)]
+    await asyncio.gather(*(device.publish(UP, payload) for payload in payloads))
+    await inbox.wait_for((UP, payloads[-1]))
+    assert [payload for _, payload in inbox.messages] == payloads
+    with pytest.raises(TransportError, match="refuses a subscription to fl/v1/f/#"):
+        await device.subscribe("fl/v1/f/#", inbox)
+    wrong = MqttTransport(endpoint, login=("dev-1", "guess"), client_id="x")
+    with pytest.raises(TransportError, match="refuses the login"):
+        await wrong.connect()
+    await wrong.close()

@@ -1,0 +1,747 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from petalfl import topics, wire
+from petalfl.errors import ModelError
+from petalfl.model import ModelManifest
+from petalfl.vectors import to_bytes
+from server.config import ConfigError
+from server.federation import Federation
+from tests.server.builders import (
+    ENROLLED,
+    FED,
+    INITIAL,
+    NOW_S,
+    SIZES,
+    Door,
+    FakeSender,
+    Run,
+    Site,
+    average,
+    make_config,
+    make_id,
+    make_report,
+    make_update,
+    messages_of,
+    settle,
+)
+
+HELD = {
+    "both": {"acc-encoder", "gyro-encoder", "fusion", "head"},
+    "watch": {"acc-encoder", "fusion", "head"},
+    "phone": {"gyro-encoder", "fusion", "head"},
+}
+EVERYBODY = tuple(ENROLLED)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture
+def other_db(site: Site) -> Iterator[sqlite3.Connection]:
+    """Another connection to the database: it sees what is committed and nothing else."""
+    connection = sqlite3.connect(site.data_dir / "state.sqlite", isolation_level=None)
+    yield connection
+    connection.close()
+
+
+class Clock:
+    """The event loop's time, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ahead_s = 0.0
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        monkeypatch.setattr(loop, "time", lambda: real() + self._ahead_s)
+
+    async def advance(self, seconds: float) -> None:
+        self._ahead_s += seconds
+        await settle()
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def digest(run: Run, block: str) -> str:
+    return hashlib.sha256(to_bytes(run.block(block))).hexdigest()
+
+
+# A round opens
+
+
+async def test_a_round_opens_when_enough_devices_are_ready(site: Site) -> None:
+    with site.run(min_devices=2) as run:
+        run.ready("watch")
+        assert run.federation.round is None and run.sender.sent == []
+        run.ready("watch")  # again, but still one device
+        assert run.federation.round is None
+        run.ready("phone")
+        assert run.federation.round is not None
+        assert run.federation.round.cohort == {d: HELD[d] for d in ("watch", "phone")}
+        assert run.sender.tasks(1).keys() == {"watch", "phone"}
+        assert run.federation.round_num == 1
+
+
+async def test_a_task_names_the_devices_own_blocks_and_their_versions(site: Site) -> None:
+    with site.run(ready=EVERYBODY, min_devices=3, num_rounds=9, seed=41) as run:
+        for device, held in HELD.items():
+            task = run.task(device, 1)
+            assert task.blocks == {
+                name: wire.BlockVersion(1, hashlib.sha256(to_bytes(INITIAL[name])).hexdigest())
+                for name in held
+            }
+            assert (task.round_num, task.num_rounds, task.seed) == (1, 9, 41)
+            assert task.hyperparameters == run.federation.config.hyperparameters
+
+
+async def test_a_task_leaves_out_private_blocks(site: Site) -> None:
+    with site.run(ready=EVERYBODY, min_devices=3, private_blocks=("fusion", "head")) as run:
+        assert {device: set(run.task(device, 1).blocks) for device in EVERYBODY} == {
+            "both": {"acc-encoder", "gyro-encoder"},
+            "watch": {"acc-encoder"},
+            "phone": {"gyro-encoder"},
+        }
+        assert run.federation.versions.keys() == {"acc-encoder", "gyro-encoder"}
+        assert {block for block, _ in run.sender.versions} == {"acc-encoder", "gyro-encoder"}
+        assert run.federation.block_body("head", 1) is None
+        private = run.federation.on_update(make_update("watch", "head", 1.0))
+        assert private.status == "rejected" and "does not hold" in private.reason
+
+
+async def test_a_device_may_take_part_with_fewer_modalities(site: Site) -> None:
+    with site.run() as run:
+        run.federation.on_ready("both", wire.Ready(("gyro",)))
+        assert run.task("both", 1).blocks.keys() == HELD["phone"]
+
+
+@pytest.mark.parametrize(
+    ("device", "modalities"),
+    [("watch", ("gyro",)), ("watch", ("acc", "gyro")), ("nobody", ("acc",)), ("both", ("sonar",))],
+)
+async def test_a_device_cannot_claim_what_it_has_not_enrolled(
+    site: Site, device: str, modalities: tuple[str, ...]
+) -> None:
+    with site.run() as run:
+        run.federation.on_ready(device, wire.Ready(modalities))
+        assert run.federation.ready == {} and run.sender.sent == []
+
+
+async def test_a_device_that_left_is_not_waited_for(site: Site) -> None:
+    with site.run(min_devices=2) as run:
+        run.ready("watch")
+        run.federation.on_offline("watch")
+        run.federation.on_offline("nobody")
+        run.ready("phone")
+        assert run.federation.round is None
+        run.ready("both")
+        assert run.federation.round is not None
+        assert run.federation.round.cohort.keys() == {"phone", "both"}
+
+
+async def test_a_device_that_comes_later_waits_for_the_next_round(site: Site) -> None:
+    with site.run(ready=["watch"]) as run:
+        run.ready("phone")
+        assert run.sender.tasks(1).keys() == {"watch"}
+        await run.finish_round(1)
+        assert run.sender.tasks(2).keys() == {"watch", "phone"}
+
+
+async def test_a_device_that_is_back_gets_its_task_again_until_it_has_reported(site: Site) -> None:
+    with site.run(ready=["watch", "phone"], min_devices=2) as run:
+        run.ready("watch")
+        assert [device for device, _ in run.sender.sent] == ["watch", "phone", "watch"]
+        assert run.sender.sent[0] == run.sender.sent[2]
+        run.federation.on_report("watch", make_report("watch"))
+        run.ready("watch")
+        assert len(run.sender.sent) == 3
+
+
+async def test_the_learning_rate_follows_the_schedule(site: Site) -> None:
+    with site.run(ready=["watch"], num_rounds=3, schedule="cosine") as run:
+        for round_num in (1, 2):
+            await run.finish_round(round_num)
+        rates = [run.task("watch", n).hyperparameters.learning_rate for n in (1, 2, 3)]
+        assert rates == pytest.approx([0.1, 0.0505, 0.001])
+
+
+# Updates
+
+
+async def test_an_update_is_in_the_journal_when_its_receipt_exists(
+    site: Site, other_db: sqlite3.Connection
+) -> None:
+    with site.run(ready=["watch"]) as run:
+        update = make_update("watch", "head", np.arange(8), num_examples=5)
+        receipt = run.federation.on_update(update)
+        assert receipt == wire.Receipt(update.update_id, "accepted")
+        query = "SELECT update_id, device, block, num_examples, delta FROM updates"
+        expected = (update.update_id, "watch", "head", 5, to_bytes(update.delta))
+        assert other_db.execute(query).fetchall() == [expected]
+
+
+async def test_without_the_journal_there_is_no_receipt(
+    site: Site, other_db: sqlite3.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full: the device hears nothing, asks again, and then it counts, once."""
+    with site.run() as run:
+        door = await Door(site.manifest, run.federation).open()
+        run.federation.start(door.gateway)
+        await door.request(wire.Ready(("acc",)))
+        fault = "BEFORE INSERT ON updates BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        other_db.execute(f"CREATE TRIGGER fault {fault}")
+        messages = messages_of(make_update("watch", "head", 2.0))
+        await door.send("head", *messages)
+        assert door.receipts == []
+        assert run.federation.round is not None
+        assert run.federation.round.finalize()["head"].delta is None
+        other_db.execute("DROP TRIGGER fault")
+        await door.send("head", *messages)
+        assert [one.status for one in door.receipts] == ["accepted"]
+        assert run.federation.round.finalize()["head"].holders == ("watch",)
+
+
+async def test_a_redelivered_update_counts_once(site: Site) -> None:
+    with site.run(ready=["watch", "phone"], min_devices=2) as run:
+        update = make_update("watch", "head", 3.0, num_examples=1)
+        for _ in range(3):
+            receipt = run.federation.on_update(update)
+            assert receipt == wire.Receipt(update.update_id, "accepted")
+        run.federation.on_update(make_update("phone", "head", 1.0, num_examples=1))
+        assert run.state.totals()["updates_accepted"] == 2
+        assert run.federation.round is not None
+        delta = run.federation.round.finalize()["head"].delta
+        assert delta is not None
+        np.testing.assert_array_equal(delta, np.full(8, 2.0))
+
+
+REJECTED = {
+    "not held": (make_update("watch", "gyro-encoder", 1.0), "does not hold the shared block"),
+    "not in the cohort": (make_update("phone", "head", 1.0), "not in the cohort of round 1"),
+    "another version": (make_update("watch", "head", 1.0, base_version=2), "base version 2"),
+    "another round": (make_update("watch", "head", 1.0, round_num=2), "round 2 is closed"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+async def test_an_update_that_does_not_count_is_rejected_with_the_reason(
+    site: Site, case: str
+) -> None:
+    update, reason = REJECTED[case]
+    with site.run(ready=["watch"]) as run:
+        receipt = run.federation.on_update(update)
+        assert (receipt.status, receipt.update_id) == ("rejected", update.update_id)
+        assert reason in receipt.reason
+        assert run.state.totals()["updates_accepted"] == 0
+
+
+async def test_without_an_open_round_everything_is_rejected(site: Site) -> None:
+    with site.run() as run:
+        update, report = make_update("watch", "head", 1.0), make_report("watch")
+        expected = ("rejected", "no round is open")
+        for receipt in (run.federation.on_update(update), run.federation.on_report("watch", report)):
+            assert (receipt.status, receipt.reason) == expected
+
+
+async def test_reports_are_judged_too(site: Site) -> None:
+    with site.run(ready=["watch"]) as run:
+        late = run.federation.on_report("watch", make_report("watch", round_num=9))
+        assert (late.status, late.reason) == ("rejected", "round 9 is closed, round 1 is open")
+        foreign = run.federation.on_report("phone", make_report("phone"))
+        assert foreign.status == "rejected" and "not in the cohort" in foreign.reason
+        for _ in range(2):
+            assert run.federation.on_report("watch", make_report("watch")).status == "accepted"
+
+
+# A round closes
+
+
+async def test_a_complete_round_closes_and_moves_the_blocks_that_have_updates(site: Site) -> None:
+    with site.run(ready=["watch", "phone"], min_devices=2) as run:
+        updates = {
+            "head": [
+                make_update("watch", "head", np.arange(8) / 3, num_examples=30),
+                make_update("phone", "head", np.arange(8)[::-1] / 7, num_examples=10),
+            ],
+            "fusion": [
+                make_update("watch", "fusion", 0.5, num_examples=30),
+                make_update("phone", "fusion", -1.0, num_examples=10),
+            ],
+            "acc-encoder": [make_update("watch", "acc-encoder", 0.125, num_examples=30)],
+            "gyro-encoder": [make_update("phone", "gyro-encoder", 7.0, num_examples=10)],
+        }
+        for report in ("phone", "watch"):
+            run.federation.on_report(report, make_report(report))
+        for sent in updates.values():
+            await settle()
+            assert run.federation.round_num == 1, "the round is not complete yet"
+            for update in sent:
+                run.federation.on_update(update)
+        await settle()
+        assert run.federation.round_num == 2  # the next one is open
+        assert run.federation.versions == dict.fromkeys(SIZES, 2)
+        for block, sent in updates.items():
+            expected = INITIAL[block] + average(sent)
+            np.testing.assert_allclose(run.block(block), expected, rtol=1e-6)
+        np.testing.assert_allclose(run.block("fusion"), INITIAL["fusion"] + 0.125)  # by hand
+        assert run.task("watch", 2).blocks["head"] == wire.BlockVersion(2, digest(run, "head"))
+
+
+async def test_a_block_that_nobody_sent_keeps_its_version(site: Site) -> None:
+    with site.run(ready=["watch"]) as run:
+        await run.finish_round(1)
+        assert run.federation.versions == {**dict.fromkeys(HELD["watch"], 2), "gyro-encoder": 1}
+        assert to_bytes(run.block("gyro-encoder")) == to_bytes(INITIAL["gyro-encoder"])
+        moved = {block for block, version in run.sender.versions if version.version == 2}
+        assert moved == HELD["watch"]
+
+
+async def test_old_versions_stay(site: Site) -> None:
+    with site.run(ready=["watch"]) as run:
+        await run.finish_round(1, 2.0)
+        bodies = [run.federation.block_body("head", version) for version in (0, 1, 2, 3)]
+        expected = [None, to_bytes(INITIAL["head"]), to_bytes(INITIAL["head"] + 2), None]
+        assert bodies == expected
+
+
+async def test_the_deadline_closes_a_round_without_the_stragglers(
+    site: Site, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site.run(ready=["watch", "phone"], min_devices=2, deadline_s=600, num_rounds=1) as run:
+        await run.finish_round(1, 4.0, "watch")
+        await clock.advance(500)
+        assert run.federation.round is not None, "the phone may still answer"
+        await clock.advance(101)
+        assert run.federation.finished.is_set()
+        np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 4)
+        assert run.federation.versions["gyro-encoder"] == 1
+        [closed] = run.state.rounds()
+        assert closed["cohort_size"] == 2
+        assert "deadline after 600 s without phone" in caplog.text
+        late = run.federation.on_update(make_update("phone", "head", 9.0))
+        assert (late.status, late.reason) == ("rejected", "no round is open")
+
+
+async def test_a_late_update_of_a_closed_round_is_rejected_in_the_next(
+    site: Site, clock: Clock
+) -> None:
+    with site.run(ready=["watch", "phone"], min_devices=2) as run:
+        await run.finish_round(1, 1.0, "watch")
+        await clock.advance(61)
+        late = run.federation.on_update(make_update("phone", "head", 9.0))
+        assert late.status == "rejected"
+        assert late.reason == "round 1 is closed, round 2 is open"
+        np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 1)
+
+
+async def test_a_closed_rounds_deadline_does_not_close_the_next(
+    site: Site, clock: Clock
+) -> None:
+    with site.run(ready=["watch"]) as run:
+        await clock.advance(50)
+        await run.finish_round(1)
+        await clock.advance(50)  # past the first deadline
+        assert run.federation.round_num == 2
+        await clock.advance(11)  # past the second
+        assert run.federation.round_num == 3
+
+
+async def test_after_the_last_round_everybody_gets_the_final_versions(site: Site) -> None:
+    with site.run(ready=EVERYBODY, min_devices=3, num_rounds=2) as run:
+        await run.finish_round(1)
+        assert not run.federation.finished.is_set() and run.sender.finishes() == {}
+        await run.finish_round(2)
+        assert run.federation.finished.is_set()
+        assert run.federation.round is None and run.federation.round_num == 2
+        finishes = run.sender.finishes()
+        assert finishes.keys() == set(EVERYBODY)
+        for device, finish in finishes.items():
+            assert finish.blocks.keys() == HELD[device]
+            assert finish.blocks["head"] == wire.BlockVersion(3, digest(run, "head"))
+    with site.run(num_rounds=2) as run:  # nothing is left to do
+        assert run.federation.finished.is_set()
+        run.ready("watch")
+        assert run.sender.tasks(3) == {}
+        assert run.sender.finishes()["watch"].blocks.keys() == HELD["watch"]
+    with site.run(ready=["watch"], num_rounds=3) as run:  # one more was asked for
+        assert run.sender.tasks(3).keys() == {"watch"}
+
+
+async def test_when_nothing_is_shared_reports_alone_close_rounds(site: Site) -> None:
+    everything = tuple(SIZES)
+    with site.run(ready=["watch"], private_blocks=everything, num_rounds=2) as run:
+        assert run.task("watch", 1).blocks == {}
+        await run.finish_round(1)
+        await run.finish_round(2)
+        assert run.federation.finished.is_set()
+        assert run.sender.finishes() == {"watch": wire.Finish({})}
+        assert run.sender.versions == []
+        assert [one["blocks"] for one in run.state.rounds()] == [{}, {}]
+        refused = run.federation.on_update(make_update("watch", "head", 1.0))
+        assert refused.status == "rejected"
+
+
+async def test_a_round_is_timed_and_has_its_loss(site: Site) -> None:
+    clock = iter([NOW_S, NOW_S + 12.5, NOW_S + 13])
+    with site.run(ready=["watch"], now_s=lambda: next(clock)) as run:
+        await run.finish_round(1)
+        [closed] = run.state.rounds()
+        assert (closed["duration_s"], closed["loss"]) == (12.5, 0.5)
+
+
+# A restart
+
+
+Event = tuple[str, str, str]  # round, device, block or report
+TWO_ROUNDS = [
+    (n, device, what)
+    for n in ("1", "2")
+    for device, held in HELD.items()
+    for what in (*sorted(held), "report")
+]
+
+
+def act(run: Run, event: Event) -> str:
+    """A device does its part, always the same."""
+    round_num, device, what = int(event[0]), event[1], event[2]
+    if what == "report":
+        return run.federation.on_report(device, make_report(device, round_num=round_num)).status
+    seed = list(b"".join(part.encode() for part in event))
+    delta = np.random.default_rng(seed).normal(size=SIZES[what])
+    update = make_update(
+        device, what, delta, num_examples=len(device), round_num=round_num, base_version=round_num
+    )
+    return run.federation.on_update(update).status
+
+
+async def play(site: Site, restarts: set[int]) -> dict[str, bytes]:
+    """Two rounds with a restart after each of those events; the block files at the end."""
+    with ExitStack() as stack:
+
+        def start() -> Run:
+            return stack.enter_context(
+                site.run(ready=EVERYBODY, min_devices=3, num_rounds=2, server_momentum=0.9)
+            )
+
+        run = start()
+        for number, event in enumerate(TWO_ROUNDS, start=1):
+            assert act(run, event) == "accepted", event
+            if number in restarts:
+                stack.close()
+                run = start()
+            await settle()
+        assert run.federation.finished.is_set()
+    root = site.data_dir / "blocks"
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("restarts", [{1}, {6}, {12}, {13}, {14}, {20}, {25}, set(range(1, 26))],
+                         ids=lambda r: f"after {r}" if len(r) == 1 else "after every message")  # fmt: skip
+async def test_a_restart_in_mid_round_changes_no_block(tmp_path: Path, restarts: set[int]) -> None:
+    undisturbed = await play(Site(tmp_path / "undisturbed"), set())
+    assert {f"{block}/{version}.safetensors" for block in SIZES for version in (1, 2, 3)} == set(
+        undisturbed
+    )
+    assert await play(Site(tmp_path / "restarted"), restarts) == undisturbed
+
+
+async def test_a_restarted_round_knows_what_it_has(site: Site) -> None:
+    update = make_update("watch", "head", 2.0)
+    with site.run(ready=["watch", "phone"], min_devices=2) as run:
+        run.federation.on_update(update)
+        run.federation.on_report("watch", make_report("watch"))
+    with site.run(min_devices=1) as run:
+        assert run.federation.round is not None
+        assert run.federation.round.cohort.keys() == {"watch", "phone"}
+        assert run.federation.round.has(update)
+        assert run.federation.on_update(update).status == "accepted"
+        assert run.state.totals()["updates_accepted"] == 1
+        second = replace(update, update_id=make_id("second"))
+        assert "has sent another update" in run.federation.on_update(second).reason
+        run.ready("watch")  # has reported: nothing to do for it
+        run.ready("phone")
+        assert run.sender.tasks(1).keys() == {"phone"}
+
+
+async def test_a_round_that_was_complete_at_the_restart_closes(site: Site) -> None:
+    with site.run(ready=["watch"], num_rounds=1) as run:
+        for block in HELD["watch"]:
+            run.federation.on_update(make_update("watch", block, 1.0))
+        run.federation.on_report("watch", make_report("watch"))
+        assert run.federation.round_num == 1  # the server ends before the loop turns
+    with site.run(num_rounds=1) as run:
+        await settle()
+        assert run.federation.finished.is_set()
+        assert run.federation.versions["head"] == 2
+
+
+async def test_a_restarted_round_has_a_deadline(site: Site, clock: Clock) -> None:
+    with site.run(ready=["watch"]):
+        pass
+    with site.run(num_rounds=1) as run:
+        assert not run.federation.finished.is_set()
+        await clock.advance(61)
+        assert run.federation.finished.is_set()
+
+
+async def test_momentum_survives_a_restart(site: Site) -> None:
+    for round_num in (1, 2):
+        with site.run(ready=["watch"], server_momentum=0.5, num_rounds=round_num) as run:
+            await run.finish_round(round_num, 4.0)
+    with site.run(num_rounds=2) as run:
+        # v: 4, then 0.5 · 4 + 4 = 6
+        np.testing.assert_array_equal(run.block("head"), (INITIAL["head"] + 4) + 6)
+
+
+async def test_a_stop_keeps_the_round_open(site: Site, clock: Clock) -> None:
+    with site.run(ready=["watch"]) as run:
+        pass
+    await clock.advance(100)  # its own clock has stopped
+    with site.state() as state:
+        unclosed = state.unclosed_round()
+        assert unclosed is not None and unclosed.round_num == 1
+    assert run.federation.round_num == 1
+
+
+async def test_versions_are_published_at_every_start(site: Site) -> None:
+    with site.run(ready=["watch"]) as run:
+        assert dict(run.sender.versions).keys() == SIZES.keys()
+        await run.finish_round(1)
+    with site.run() as run:
+        assert {block: pointer.version for block, pointer in run.sender.versions} == {
+            **dict.fromkeys(HELD["watch"], 2),
+            "gyro-encoder": 1,
+        }
+
+
+# The wrong folder
+
+
+async def open_federation(site: Site, manifest: ModelManifest, private: tuple[str, ...]) -> None:
+    config = make_config(site.artifacts, site.data_dir, private_blocks=private)
+    with site.state() as state:
+        Federation(config, manifest, state).close()
+
+
+async def test_a_data_folder_of_another_model_is_refused(site: Site) -> None:
+    with site.run():
+        pass
+    blocks = list(site.manifest.blocks)
+    renamed = replace(blocks[-1].parameters[0], name="fc.other")
+    blocks[-1] = replace(blocks[-1], parameters=(renamed, *blocks[-1].parameters[1:]))
+    other = replace(site.manifest, blocks=tuple(blocks))
+    with pytest.raises(ConfigError, match="was made for another model layout .*--data-dir"):
+        await open_federation(site, other, ())
+
+
+@pytest.mark.parametrize("private", [("head",), ("fusion", "head")])
+async def test_a_data_folder_of_another_scheme_is_refused(
+    site: Site, private: tuple[str, ...]
+) -> None:
+    with site.run():
+        pass
+    with pytest.raises(ConfigError, match="was made for another private blocks"):
+        await open_federation(site, site.manifest, private)
+
+
+@pytest.mark.xfail(strict=True, raises=ConfigError, reason="compares the names with their order")
+async def test_the_order_of_private_blocks_makes_no_other_scheme(site: Site) -> None:
+    await open_federation(site, site.manifest, ("fusion", "head"))
+    await open_federation(site, site.manifest, ("head", "fusion"))
+
+
+async def test_swapped_initial_parameters_are_refused(site: Site) -> None:
+    (site.artifacts / "head" / "parameters.bin").write_bytes(bytes(4 * SIZES["head"]))
+    with pytest.raises(ModelError, match=r"head/parameters\.bin is damaged or was swapped"):
+        await open_federation(site, site.manifest, ())
+
+
+async def test_private_blocks_leave_no_version_on_the_server(site: Site) -> None:
+    with site.run(private_blocks=("head",)):
+        names = {path.name for path in (site.data_dir / "blocks").iterdir()}
+        assert names == SIZES.keys() - {"head"}
+
+
+# Traffic
+
+
+async def test_traffic_is_counted_by_round_device_and_shared_block(site: Site) -> None:
+    with site.run(ready=["watch"], private_blocks=("head",)) as run:
+        for num_bytes in (100, 50):
+            run.federation.on_bytes_up("watch", "fusion", num_bytes)
+        run.federation.on_bytes_up("watch", "head", 9)  # private: none of ours
+        run.federation.on_bytes_up("watch", "no-such-block", 9)
+        run.federation.on_bytes_down("watch", "fusion", 7)
+        await run.finish_round(1)
+        run.federation.on_bytes_down("watch", "fusion", 1000)  # of round 2
+        [closed] = run.state.rounds()
+        blocks = closed["blocks"]
+        assert isinstance(blocks, dict)
+        assert (blocks["fusion"]["bytes_up"], blocks["fusion"]["bytes_down"]) == (150, 7)
+    with site.state() as state:  # closing has written the rest
+        assert state.device_traffic()["watch"] == {"fusion": {"bytes_up": 150, "bytes_down": 1007}}
+
+
+# Through the gateway
+
+
+async def test_a_round_over_the_broker(site: Site) -> None:
+    with site.run(num_rounds=1) as run:
+        door = await Door(site.manifest, run.federation).open()
+        run.federation.start(door.gateway)
+        await door.request(wire.Ready(("acc",)))
+        [task] = door.received
+        assert isinstance(task, wire.Task) and task.blocks.keys() == HELD["watch"]
+        for block in task.blocks:
+            await door.send(block, *messages_of(make_update("watch", block, 0.5, num_examples=4)))
+        assert [one.status for one in door.receipts] == ["accepted"] * 3
+        await door.request(make_report("watch"))
+        # The receipt that completes the round goes out before what follows from it.
+        kinds = [type(message) for message in door.received]
+        assert kinds == [wire.Task, *[wire.Receipt] * 4, wire.Finish]
+        finish = door.received[-1]
+        assert isinstance(finish, wire.Finish)
+        assert finish.blocks["head"] == wire.BlockVersion(2, digest(run, "head"))
+        np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 0.5)
+        pointers: list[wire.Message] = []
+        meta = topics.block_meta(FED, "head")
+        await door.client.subscribe(meta, lambda t, data: pointers.append(wire.decode(data)))
+        await settle()
+        assert pointers == [finish.blocks["head"]]
+        sent_up = run.state.device_traffic()["watch"]["head"]["bytes_up"]
+        sent = messages_of(make_update("watch", "head", 0.5, num_examples=4))
+        assert sent_up == sum(len(wire.encode(message)) for message in sent)
+        assert door.transport.raised == []
+
+
+async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
+    with site.run(min_devices=2) as run:
+        door = await Door(site.manifest, run.federation).open()
+        run.federation.start(door.gateway)
+        await door.request(wire.Ready(("acc",)))
+        assert run.federation.ready.keys() == {"watch"}
+        await door.publish(topics.status(FED, "watch"), wire.Status(is_online=False))
+        assert run.federation.ready == {}
+
+
+# What goes wrong
+
+
+@pytest.mark.xfail(
+    strict=True, raises=sqlite3.IntegrityError, reason="an update_id that is in the journal for "
+    "another block or round raises out of on_update, and the device never gets a receipt"
+)  # fmt: skip
+@pytest.mark.parametrize("block", ["fusion", "head"])
+async def test_an_update_id_used_twice_is_rejected(site: Site, block: str) -> None:
+    used = make_id("used")
+    with site.run(ready=["watch"]) as run:
+        run.federation.on_update(make_update("watch", "head", 1.0, update_id=used))
+        round_num = 1
+        if block == "head":  # in the next round
+            for other in ("acc-encoder", "fusion"):
+                run.federation.on_update(make_update("watch", other, 1.0))
+            run.federation.on_report("watch", make_report("watch"))
+            await settle()
+            round_num = 2
+        again = make_update(
+            "watch", block, 1.0, update_id=used, round_num=round_num, base_version=round_num
+        )
+        assert run.federation.on_update(again).status == "rejected"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="finite deltas add up to an infinite version, which every device refuses"
+)
+async def test_a_version_is_always_finite(site: Site) -> None:
+    with site.run(ready=["watch"], num_rounds=2) as run, np.errstate(over="ignore"):
+        for round_num in (1, 2):
+            await run.finish_round(round_num, 3e38)
+        newest = run.federation.versions["head"]
+        body = run.federation.block_body("head", newest)
+        assert body is not None
+        assert np.isfinite(np.frombuffer(body, np.float32)).all()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a round whose closing fails has no deadline left and stays open for ever"
+)
+async def test_a_round_whose_closing_failed_is_closed_later(
+    site: Site, clock: Clock, other_db: sqlite3.Connection
+) -> None:
+    with site.run(ready=["watch"]) as run:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        fault = "BEFORE UPDATE ON rounds BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        other_db.execute(f"CREATE TRIGGER fault {fault}")
+        await run.finish_round(1)
+        assert run.state.last_closed_round() == 0
+        other_db.execute("DROP TRIGGER fault")
+        run.ready("watch")
+        await clock.advance(100)
+        assert run.state.last_closed_round() >= 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an open round is taken up by start() alone, which `python -m server` "
+    "calls after the gateway is open: what arrives in between is rejected, and devices drop it"
+)  # fmt: skip
+async def test_an_update_of_an_open_round_is_not_rejected_before_the_start(site: Site) -> None:
+    with site.run(ready=["watch"]):
+        pass
+    config = make_config(site.artifacts, site.data_dir)
+    with site.state() as state:
+        federation = Federation(config, site.manifest, state)
+        receipt = federation.on_update(make_update("watch", "head", 1.0))
+        federation.close()
+        assert receipt.status != "rejected"
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(sqlite3.IntegrityError, AssertionError),
+    reason="a device that is ready before start() raises, and is forgotten"
+)  # fmt: skip
+@pytest.mark.parametrize("has_open_round", [False, True])
+async def test_a_device_may_be_ready_before_the_start(site: Site, has_open_round: bool) -> None:
+    if has_open_round:
+        with site.run(ready=["watch"]):
+            pass
+    config = make_config(site.artifacts, site.data_dir)
+    with site.state() as state:
+        federation, sender = Federation(config, site.manifest, state), FakeSender()
+        try:
+            federation.on_ready("watch", wire.Ready(("acc",)))
+            federation.start(sender)
+            assert sender.tasks(1).keys() == {"watch"}
+        finally:
+            federation.close()
+
+
+async def test_a_damaged_block_stops_the_start(site: Site) -> None:
+    with site.run():
+        pass
+    path = site.data_dir / "blocks" / "head" / "1.safetensors"
+    shutil.copy(site.data_dir / "blocks" / "fusion" / "1.safetensors", path)
+    with pytest.raises(Exception, match=r"cannot read .*head/1\.safetensors"), site.run():
+        pass
+
+
+async def test_one_line_is_logged_per_round(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with site.run(ready=["watch"], num_rounds=1) as run, caplog.at_level(logging.INFO):
+        await run.finish_round(1)
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    expected = "round 1 closed: loss 0.5000, updates: acc-encoder 1, gyro-encoder 0, fusion 1, head 1"
+    assert lines == [expected]
