@@ -60,7 +60,8 @@ async def _serve(config: Config, manifest: ModelManifest, options: argparse.Name
         broker = _open_broker(options.broker, config, state)
         await broker.start()
         stack.push_async_callback(broker.close)
-        state.replace_setting("broker port", str(broker.endpoint.port))
+        if options.broker.startswith("embedded"):
+            state.replace_setting("broker port", str(broker.endpoint.port))
         gateway = await _open_gateway(broker, federation, config)
         stack.push_async_callback(gateway.close)
         stack.callback(federation.close)

@@ -123,7 +123,7 @@ class Federation:
 
     def on_ready(self, device: str, ready: wire.Ready) -> None:
         """Sends the open round's task, the end, or waits for enough devices."""
-        enrolled = self._state.devices().get(device)
+        enrolled = self._state.modalities(device)
         try:
             if enrolled is None or not set(ready.modalities) <= set(enrolled):
                 raise ModelError(f"it enrolled with {enrolled}")

@@ -136,6 +136,12 @@ class ServerState:
         row = self._db.execute(query, (name,)).fetchone()
         return row is not None and hmac.compare_digest(_digest(row[0], password), row[1])
 
+    def modalities(self, name: str) -> list[str] | None:
+        """What a device enrolled with; None when it is not enrolled."""
+        query = "SELECT modalities FROM devices WHERE name = ?"
+        row = self._db.execute(query, (name,)).fetchone()
+        return None if row is None else list(json.loads(row[0]))
+
     def devices(self) -> dict[str, list[str]]:
         """Modalities by enrolled device."""
         rows = self._db.execute("SELECT name, modalities FROM devices ORDER BY name")

@@ -181,7 +181,7 @@ class WebApp:
         return web.Response(body=body, content_type="application/octet-stream")
 
     def _check_holds(self, request: web.Request, block: str) -> None:
-        modalities = self._state.devices()[request["device"]]
+        modalities = self._state.modalities(request["device"]) or []
         held = self._federation.manifest.blocks_for(modalities)
         if block not in {b.name for b in held}:
             raise web.HTTPForbidden(text=f"device {request['device']} does not hold block {block}")

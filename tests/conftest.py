@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,16 @@ def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("small") / "artifacts"
     export_model(small(), out)
     return out
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where CI requires Mosquitto, a test that needs it fails instead of being skipped."""
+    report = yield
+    is_required = "PETALFL_REQUIRE_MOSQUITTO" in os.environ and item.get_closest_marker("mosquitto")
+    if report.skipped and is_required:
+        report.outcome = "failed"
+        report.longrepr = f"skipped although Mosquitto is required: {report.longrepr}"
+    return report

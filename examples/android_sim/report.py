@@ -45,6 +45,7 @@ def summarize(
         entry["mean_macro_f1"] = _mean(history.get(entry["round_num"], {}), "macro_f1")
     return {
         **asdict(settings),
+        "scheme": scheme_of(status["private_blocks"]),  # a server that ran already has its own
         "private_blocks": status["private_blocks"],
         "mean_macro_f1_before": _mean(before, "macro_f1"),
         "mean_macro_f1_after": _mean(after, "macro_f1"),
@@ -71,6 +72,13 @@ def summarize(
         },
         "rounds": rounds,
     }
+
+
+def scheme_of(private_blocks: Sequence[str]) -> str:
+    """The sharing scheme's name, as `--scheme` has it."""
+    if any(name.startswith("encoder-") for name in private_blocks):
+        return "local"
+    return {0: "fm", 1: "ph", 2: "phf"}[len(private_blocks)]
 
 
 def table(summary: Mapping[str, Any]) -> Table:

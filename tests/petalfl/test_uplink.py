@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -35,11 +35,9 @@ UP = topics.block_up("f", "encoder-acc", "dev-1")
 REQUEST = topics.request("f", "dev-1")
 ACCEPTED = Receipt(ID, "accepted")
 
-Answer = Callable[["Server"], Receipt | None]  # to a fin or a report; None: the receipt is lost
-
 
 class Server:
-    """Takes what comes, and answers each `Fin` and `Report` with the next word of its script."""
+    """Takes what comes, and answers each `Fin` and `Report` by its script; None: not at all."""
 
     def __init__(self, transport: MemoryTransport, *script: Receipt | None) -> None:
         self.got: list[tuple[str, wire.Message]] = []
@@ -237,7 +235,6 @@ async def test_a_publish_that_fails_is_tried_again(rig: Rig, failure: int) -> No
     flaky = Flaky(rig.device, failure)
     rig.uplink = Uplink(flaky, "f", "dev-1")
     server = Server(rig.broker.connect())
-    await server.open()
 
     def answer(topic: str, payload: bytes) -> None:
         """As the real server does: by what has come."""

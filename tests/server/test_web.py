@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import BasicAuth, web
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
@@ -29,13 +30,13 @@ Headers = dict[str, str]
 OPERATOR: Headers = {"Authorization": f"Bearer {TOKEN}"}
 
 
-def login(device: str, password: str | None = None) -> Headers:
-    known = f"password of {device}" if password is None else password
-    return {"Authorization": BasicAuth(device, known, "utf-8").encode()}
-
-
 def basic(raw: bytes) -> str:
     return "Basic " + base64.b64encode(raw).decode()
+
+
+def login(device: str, password: str | None = None) -> Headers:
+    known = f"password of {device}" if password is None else password
+    return {"Authorization": basic(f"{device}:{known}".encode())}
 
 
 @dataclass
@@ -170,8 +171,6 @@ async def test_odd_bytes_in_a_credential_are_turned_away(served: Served, case: s
 
 async def raw_request(served: Served, path: str, authorization: str) -> tuple[int, bytes]:
     """Over a plain socket: no client library would send such a header."""
-    import asyncio
-
     assert served.client.port is not None
     reader, writer = await asyncio.open_connection(served.client.host, served.client.port)
     value = authorization.encode("utf-8", "surrogateescape")

@@ -1,0 +1,239 @@
+"""The real server as a process of its own, and devices that take part in its federation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from examples.android_sim.data import devices
+from petalfl import EdgeClient
+from petalfl.model import ModelManifest
+from petalfl.store import DeviceStore
+from petalfl.vectors import Vector, from_bytes
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
+RUN_TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Server:
+    """`python -m server` on one data folder; may be stopped and started again."""
+
+    def __init__(self, artifacts: Path, data_dir: Path, arguments: Sequence[str]) -> None:
+        self.data_dir = data_dir
+        self.url = "http://127.0.0.1:0"
+        self.token = ""
+        self._artifacts = artifacts
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return (self.data_dir / "server.log").read_text(errors="replace")
+
+    def start(self) -> None:
+        """Starts it, where it was if it has run before, and waits until it serves."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        runtime_file = self.data_dir / "server.json"
+        runtime_file.unlink(missing_ok=True)  # kill -9 leaves it
+        command = [
+            sys.executable, "-m", "server", "--artifacts", str(self._artifacts),
+            "--data-dir", str(self.data_dir), "--http", self.url.removeprefix("http://"),
+            *self._arguments,
+        ]  # fmt: skip
+        with (self.data_dir / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        give_up_s = time.monotonic() + START_TIMEOUT_S
+        while not runtime_file.exists():
+            assert self._process.poll() is None, f"the server did not start: {self.log}"
+            assert time.monotonic() < give_up_s, f"the server does not come up: {self.log}"
+            time.sleep(0.02)
+        runtime = json.loads(runtime_file.read_bytes())
+        assert runtime["pid"] == self.pid
+        self.url, self.token = runtime["url"], runtime["token"]
+
+    def stop(self, sign: signal.Signals = signal.SIGINT) -> int:
+        """Sends a signal and waits; the exit code."""
+        process = self._process
+        assert process is not None
+        if process.poll() is None:
+            process.send_signal(sign)
+        try:
+            return process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def get(self, what: str, authorization: str = "") -> Any:
+        """The JSON at ``/v1/default/{what}``, as the operator sees it unless told otherwise."""
+        headers = {"Authorization": authorization or f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.url}/v1/default/{what}", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    async def until(self, is_so: Any, what: str) -> None:
+        """Waits until ``is_so(status)`` holds."""
+        give_up_s = time.monotonic() + 20
+        while not is_so(status := await asyncio.to_thread(self.get, "status")):
+            assert time.monotonic() < give_up_s, f"waited for {what}: {status}"
+            await asyncio.sleep(0.02)
+
+    def query(self, sql: str, *values: object) -> list[Any]:
+        """Reads the server's database, also while it runs."""
+        path = self.data_dir / "state.sqlite"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return db.execute(sql, values).fetchall()
+
+    def block(self, name: str, version: int) -> Vector:
+        """A block's version as the server's file has it."""
+        block = ModelManifest.load(self._artifacts).block(name)
+        tensors = load_file(self.data_dir / "blocks" / name / f"{version}.safetensors")
+        return np.concatenate([tensors[p.name].ravel() for p in block.parameters])
+
+
+@contextlib.contextmanager
+def running_server(artifacts: Path, data_dir: Path, *arguments: str) -> Iterator[Server]:
+    """Runs a server; stops it by SIGINT at the end."""
+    server = Server(artifacts, data_dir, arguments)
+    try:
+        server.start()
+        yield server
+    finally:
+        if server._process is not None:
+            server.stop()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device's name and the recordings it trains on, by modality."""
+
+    name: str
+    data: dict[str, NDArray[np.float32]]
+    labels: NDArray[np.int64]
+
+    def client(self, server: Server, folder: Path, **more: Any) -> EdgeClient:
+        """This device, its store below ``folder``."""
+        arguments = {"token": server.token, "data": self.data, "labels": self.labels}
+        store = folder / self.name
+        return EdgeClient(server.url, store=store, device=self.name, **{**arguments, **more})
+
+    def private_blocks(self, artifacts: Path, folder: Path) -> dict[str, Vector]:
+        """What its store holds for itself."""
+        manifest = ModelManifest.load(artifacts)
+        store = DeviceStore(folder / self.name)
+        try:
+            private = store.read_state().private
+        finally:
+            store.close()
+        return {name: from_bytes(data, manifest.block(name).size) for name, data in private.items()}
+
+
+def three_devices() -> list[Device]:
+    """One with an accelerometer, one with a gyroscope, one with both; 21 to 42 windows each."""
+    chosen = (("acc-only", ("acc",), 10), ("gyro-only", ("gyro",), 6), ("both", ("acc", "gyro"), 5))
+    made = []
+    for (name, modalities, step), recorded in zip(chosen, devices(3), strict=True):
+        windows = recorded.train.take(np.arange(0, len(recorded.train), step))
+        made.append(Device(name, {m: windows.inputs[m] for m in modalities}, windows.labels))
+    return made
+
+
+async def take_part(clients: Sequence[EdgeClient]) -> None:
+    """Runs them together until all have finished; the first failure ends it."""
+    runs = [asyncio.create_task(client.arun()) for client in clients]
+    try:
+        await asyncio.wait_for(asyncio.gather(*runs), RUN_TIMEOUT_S)
+    finally:
+        for client in clients:
+            client.stop()
+        await asyncio.wait(runs, timeout=10)
+
+
+SCHEME = ("--scheme", "phf", "--min-devices", "3", "--seed", "7", "--log-level", "warning")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The models at the end of a federation."""
+
+    shared: dict[str, Vector]
+    private: dict[tuple[str, str], Vector]  # by device and block
+
+    def largest_difference(self, other: Outcome) -> float:
+        """Over all parameters, absolute."""
+        assert self.shared.keys() == other.shared.keys()
+        assert self.private.keys() == other.private.keys()
+        pairs = [(self.shared[k], other.shared[k]) for k in self.shared]
+        pairs += [(self.private[k], other.private[k]) for k in self.private]
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+    def assert_close(self, other: Outcome) -> None:
+        """Equal but for float rounding."""
+        assert self.shared.keys() == other.shared.keys()
+        assert self.private.keys() == other.private.keys()
+        for name, vector in self.shared.items():
+            np.testing.assert_allclose(vector, other.shared[name], rtol=1e-5, atol=1e-7)
+        for key, vector in self.private.items():
+            np.testing.assert_allclose(vector, other.private[key], rtol=1e-5, atol=1e-7)
+
+
+def read_outcome(artifacts: Path, server: Server, stores: Path) -> Outcome:
+    """What server and (closed) devices hold."""
+    versions = server.query("SELECT block, MAX(version) FROM versions GROUP BY block")
+    private = {
+        (device.name, block): vector
+        for device in three_devices()
+        for block, vector in device.private_blocks(artifacts, stores).items()
+    }
+    return Outcome({name: server.block(name, version) for name, version in versions}, private)
+
+
+def run_federation(
+    artifacts: Path, folder: Path, *, num_rounds: int, broker: str = "embedded"
+) -> Outcome:
+    """Three devices from the first round to the last, nothing in their way."""
+    arguments = ("--rounds", str(num_rounds), "--broker", broker, *SCHEME)
+    with running_server(artifacts, folder / "server", *arguments) as server, ExitStack() as stack:
+        clients = [device.client(server, folder) for device in three_devices()]
+        for client in clients:
+            stack.enter_context(client)
+        asyncio.run(take_part(clients))
+        stack.close()
+        return read_outcome(artifacts, server, folder)
