@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from petalfl.errors import ModelError, PetalError
@@ -22,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, "")  # a console script, unlike `python -m`, does not look here by itself
     try:
         model = load_model(options.factory)
-        manifest = export_model(model, options.out, _say_progress)
+        with _stdout_to_stderr():
+            manifest = export_model(model, options.out, _say_progress)
     except PetalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,6 +35,19 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(_table(manifest, options.out))
     return 0
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keeps stdout for the result: PyTorch's exporter prints graphs there when it gives up."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def load_model(factory: str) -> BlockModel:
@@ -44,7 +61,7 @@ def load_model(factory: str) -> BlockModel:
         raise ModelError(f"found {factory!r}, expected MODULE:FACTORY, e.g. my_model:build")
     try:
         build = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"cannot find {factory}: {error}") from error
     model = build()
     if not isinstance(model, BlockModel):

@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from petalfl.engine import Arrays, Gradients, OrtTrainingEngine
 from petalfl.model import Block, ModelManifest, read_artifact
-from petalfl.training import step_gradients
+from petalfl.training import predict_logits, step_gradients
 from petalfl.vectors import Vector, from_bytes
 
 
 class _AnnouncingEngine(OrtTrainingEngine):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.outputs: dict[str, NDArray[np.float32]] = {}  # of each block's last forward pass
+
     def forward(self, block: Block, parameters: Vector, inputs: Arrays) -> NDArray[np.float32]:
         print(block.name, flush=True)
-        return super().forward(block, parameters, inputs)
+        self.outputs[block.name] = super().forward(block, parameters, inputs)
+        return self.outputs[block.name]
 
     def backward(self, block: Block, parameters: Vector, inputs: Arrays) -> Gradients:
         print(block.name, flush=True)
@@ -29,7 +34,10 @@ class _AnnouncingEngine(OrtTrainingEngine):
 
 
 def main(folder: Path, batches: Path, gradients: Path) -> None:
-    """Writes, per batch ``i``, ``i|loss`` and ``i|<block>``: the gradients by flat vector."""
+    """Writes, per batch ``i``, ``i|loss``, ``i|<block>`` (its gradient) and ``i|<block>|output``.
+
+    Loss and gradients are of a training step, outputs of an evaluation pass.
+    """
     manifest = ModelManifest.load(folder)
     engine = _AnnouncingEngine(folder)
     results: dict[str, Any] = {}
@@ -43,6 +51,8 @@ def main(folder: Path, batches: Path, gradients: Path) -> None:
         )
         results[f"{number}|loss"] = np.float64(loss)
         results |= {f"{number}|{name}": vector for name, vector in by_block.items()}
+        predict_logits(engine, manifest, parameters, batch["inputs"])
+        results |= {f"{number}|{b.name}|output": engine.outputs[b.name] for b in held}
     np.savez(gradients, **results)
 
 

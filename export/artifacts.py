@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from petalfl.model import (
     ModelManifest,
     Parameter,
 )
+from petalfl.schema import NAME_REGEX
 
 from .graph import BlockGraphs, build_graphs
 from .law import check_one_step
@@ -41,15 +44,16 @@ def export_model(
     Raises:
         ModelError: A block cannot be exported exactly, or ``out`` holds something else.
     """
-    if (
-        out.exists()
-        and not (out / MANIFEST_NAME).exists()
-        and (out.is_file() or any(out.iterdir()))
-    ):
-        raise ModelError(f"{out} holds something that is no artifacts folder; choose another --out")
+    out = out.resolve()
+    if (out.is_file() or (out.is_dir() and any(out.iterdir()))) and not _is_artifacts(out):
+        raise ModelError(f"{out} holds something that is no artifacts folder; choose another place")
     _refuse_shared_parameters(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    _check_examples(model)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write to {out.parent}: {error.strerror}") from error
     try:
         manifest = _write(model, work, progress)
         progress("one-step law")
@@ -61,6 +65,15 @@ def export_model(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+def _is_artifacts(folder: Path) -> bool:
+    """Whether a manifest of ours, of whatever version, is there: others have a manifest, too."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "modalities"} <= manifest.keys()
 
 
 def _write(model: BlockModel, folder: Path, progress: Callable[[str], None]) -> ModelManifest:
@@ -163,6 +176,16 @@ def _refuse_shared_parameters(model: BlockModel) -> None:
                     f"blocks {owner} and {block} share the parameter {path}; a block is trained "
                     "and averaged by itself, so give each its own"
                 )
+
+
+def _check_examples(model: BlockModel) -> None:
+    for modality, batch in model.examples.items():
+        if not re.fullmatch(NAME_REGEX, modality):
+            raise ModelError(f"modality {modality!r} does not match {NAME_REGEX}")
+        if batch.dtype != torch.float32:
+            raise ModelError(
+                f"modality {modality}: the example is {batch.dtype}, expected torch.float32"
+            )
 
 
 def _check_embeddings(outputs: dict[str, Tensor]) -> None:

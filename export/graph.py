@@ -77,8 +77,7 @@ def build_graphs(
     module = copy.deepcopy(module).train()
     _refuse_unsupported(name, module)
     masked = _mask_dropouts(module)
-    with torch.no_grad():
-        output = call(module, *inputs.values())
+    output = _run(name, module, inputs, call)
     dropouts = _dropouts(name, masked)
     masks = {d.name: torch.ones(len(output), *d.shape) for d in dropouts}
     traced = _Traced(module, call, list(masked.values()))
@@ -95,6 +94,23 @@ def build_graphs(
         dropouts=dropouts,
         output=output,
     )
+
+
+def _run(
+    name: str, module: nn.Module, inputs: dict[str, Tensor], call: Callable[..., Tensor]
+) -> Tensor:
+    try:
+        with torch.no_grad():
+            output = call(module, *inputs.values())
+    except Exception as error:  # whatever the user's own code raises
+        raise ModelError(f"block {name}: its forward pass fails: {error!r}"[:500]) from error
+    if not isinstance(output, Tensor) or output.dtype != torch.float32 or output.dim() < 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else ""
+        raise ModelError(
+            f"block {name}: its output is {getattr(output, 'dtype', type(output).__name__)} "
+            f"{found}, expected torch.float32 (batch, …)"
+        )
+    return output
 
 
 class _MaskedDropout(nn.Module):
@@ -169,8 +185,8 @@ def _dropouts(name: str, masked: dict[str, _MaskedDropout]) -> tuple[Dropout, ..
 def _to_onnx(name: str, traced: _Traced, inputs: dict[str, Tensor]) -> ModelProto:
     with (
         tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(),
-    ):  # this exporter is deprecated, and the one that is exact here
+        warnings.catch_warnings(),  # this exporter is deprecated, and the one that is exact here
+    ):
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
@@ -185,7 +201,7 @@ def _to_onnx(name: str, traced: _Traced, inputs: dict[str, Tensor]) -> ModelProt
                 do_constant_folding=False,
                 training=torch.onnx.TrainingMode.TRAINING,
             )
-        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        except Exception as error:  # its own kinds, and what the user's code raises
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(f"block {name}: PyTorch cannot export it: {first_line}") from error
         model = onnx.load(Path(folder) / "block.onnx")

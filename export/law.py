@@ -7,6 +7,7 @@ together and for each alone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
 
 
 def check_one_step(model: BlockModel, folder: Path) -> None:
-    """Compares the gradients of every block with PyTorch's.
+    """Compares training gradients and evaluation outputs of every block with PyTorch's.
 
     Raises:
         ModelError: One differs by more than `TOLERANCE`, or the runtime crashes on a block.
@@ -46,25 +47,30 @@ def check_one_step(model: BlockModel, folder: Path) -> None:
     manifest = ModelManifest.load(folder)
     subsets = dict.fromkeys([tuple(model.encoders), *((name,) for name in model.encoders)])
     rng = np.random.default_rng(0)
-    batches = [draw_batch(model, manifest, subset, rng) for subset in subsets]
+    # Other lengths than the example's, so that a length taken from it does not go unnoticed.
+    lengths = itertools.cycle((5, 1, 3))
+    batches = [
+        draw_batch(manifest, subset, length, rng)
+        for subset, length in zip(subsets, lengths, strict=False)
+    ]
     for subset, errors in zip(subsets, one_step_errors(model, folder, batches), strict=True):
         for name, error in errors.items():
             if not error <= TOLERANCE:
                 raise ModelError(
-                    f"{name}: the exported gradient differs from PyTorch's by {error:.1e} "
-                    f"(limit {TOLERANCE:g}) with {' + '.join(subset)}; this layer cannot be "
-                    "exported exactly"
+                    f"{name}: the exported block differs from PyTorch's by {error:.1e} "
+                    f"(limit {TOLERANCE:g}) with {' + '.join(subset)}; one of its layers cannot "
+                    "be exported exactly"
                 )
 
 
 def draw_batch(
-    model: BlockModel, manifest: ModelManifest, modalities: tuple[str, ...],
-    rng: np.random.Generator,
-) -> Batch:  # fmt: skip
-    """Normal inputs of the examples' shapes, random labels and masks."""
-    shapes = {m: tuple(model.examples[m].shape) for m in modalities}
-    length = next(iter(shapes.values()))[0]
-    inputs = {m: rng.standard_normal(shape, dtype=np.float32) for m, shape in shapes.items()}
+    manifest: ModelManifest, modalities: tuple[str, ...], length: int, rng: np.random.Generator
+) -> Batch:
+    """Normal inputs, random labels and masks."""
+    inputs = {
+        m: rng.standard_normal((length, *manifest.modalities[m].shape), dtype=np.float32)
+        for m in modalities
+    }
     labels = rng.integers(0, manifest.num_classes, length)
     return Batch(inputs, labels, draw_masks(manifest.blocks_for(modalities), length, rng))
 
@@ -72,34 +78,44 @@ def draw_batch(
 def one_step_errors(
     model: BlockModel, folder: Path, batches: list[Batch]
 ) -> Iterator[dict[str, float]]:
-    """Per batch, the relative error of the loss and of each parameter's gradient.
+    """Per batch, the relative errors, in topological order of the blocks.
 
-    Relative to the largest entry of PyTorch's gradient of that parameter, or to 1e-3 of the
-    block's largest one where that is more: a bias before a softmax has a gradient of rounding
-    noise alone.
+    ``<block> in evaluation`` is the output's error relative to its largest entry;
+    ``<block>.<parameter>`` the gradient's, relative to its largest entry, or to 1e-3 of the
+    block's largest one where that is more (a bias before a softmax has a gradient of rounding
+    noise alone); ``loss`` comes last.
 
     Raises:
-        ModelError: The runtime crashes on a block.
+        ModelError: The runtime crashes on a block, or a forward pass fails in PyTorch.
     """
-    found = _runtime_gradients(folder, batches)
+    found = _runtime_step(folder, batches)
     for number, batch in enumerate(batches):
+        outputs = _torch_outputs(model, batch)
         loss, expected = _torch_gradients(model, batch)
-        errors = {"loss": abs(float(found[f"{number}|loss"]) - loss) / abs(loss)}
+        errors = {}
         for block, by_parameter in expected.items():
-            vector = found[f"{number}|{block}"]
+            errors[f"{block} in evaluation"] = _relative_error(
+                found[f"{number}|{block}|output"], outputs[block]
+            )
             noise = 1e-3 * max(float(g.abs().max()) for g in by_parameter.values())
             start = 0
             for name, gradient in by_parameter.items():
-                part = vector[start : start + gradient.numel()]
+                part = found[f"{number}|{block}"][start : start + gradient.numel()]
                 start += gradient.numel()
-                error = float(np.abs(part - gradient.numpy().ravel()).max())
-                errors[f"{block}.{name}"] = error / max(float(gradient.abs().max()), noise)
+                errors[f"{block}.{name}"] = _relative_error(part, gradient, noise)
+        errors["loss"] = abs(float(found[f"{number}|loss"]) - loss) / abs(loss)
         yield errors
 
 
-def _runtime_gradients(folder: Path, batches: list[Batch]) -> dict[str, NDArray[np.float32]]:
+def _relative_error(found: NDArray[np.float32], expected: Tensor, at_least: float = 0) -> float:
+    scale = max(float(expected.abs().max()), at_least)
+    error = float(np.abs(found - expected.numpy().reshape(found.shape)).max())
+    return error / scale if scale else error
+
+
+def _runtime_step(folder: Path, batches: list[Batch]) -> dict[str, NDArray[np.float32]]:
     with tempfile.TemporaryDirectory() as work:
-        given, result = Path(work, "batches.npz"), Path(work, "gradients.npz")
+        given, result = Path(work, "batches.npz"), Path(work, "result.npz")
         np.savez(given, **dict(_flat(batches)))  # type: ignore[arg-type]
         script = Path(__file__).with_name("_chained_step.py")
         done = subprocess.run(
@@ -133,13 +149,33 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     return f"block {block}: onnxruntime-training cannot run it: {reason}"
 
 
+def _torch_outputs(model: BlockModel, batch: Batch) -> dict[str, Tensor]:
+    """Every block's output in evaluation mode."""
+    outputs: dict[str, Tensor] = {}
+    was_training = model.training
+    hooks = [
+        module.register_forward_hook(lambda m, a, output, name=name: outputs.update({name: output}))
+        for name, module in model.blocks()
+    ]
+    try:
+        with torch.no_grad():
+            _forward(model.eval(), batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
 def _torch_gradients(model: BlockModel, batch: Batch) -> tuple[float, dict[str, dict[str, Tensor]]]:
     held = {name: module for name, module in model.blocks() if name in batch.masks}
     was_training = model.training
     model.train().zero_grad()
     with _forced_dropout(held, batch.masks):
-        logits = model({name: torch.from_numpy(x) for name, x in batch.inputs.items()})
+        logits = _forward(model, batch)
     loss = nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels))
+    if not loss.requires_grad:
+        raise ModelError("the loss does not depend on any parameter")
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
         block: {
@@ -151,6 +187,25 @@ def _torch_gradients(model: BlockModel, batch: Batch) -> tuple[float, dict[str, 
     model.zero_grad()
     model.train(was_training)
     return loss.item(), gradients
+
+
+def _forward(model: BlockModel, batch: Batch) -> Tensor:
+    running = [""]
+    hooks = [
+        module.register_forward_pre_hook(lambda m, a, name=name: running.append(name))
+        for name, module in model.blocks()
+    ]
+    try:
+        logits: Tensor = model({name: torch.from_numpy(x) for name, x in batch.inputs.items()})
+        return logits
+    except Exception as error:  # whatever the user's own code raises
+        raise ModelError(
+            f"block {running[-1]}: its forward pass fails on a batch of {len(batch.labels)}: "
+            f"{error!r}"[:500]
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -49,6 +50,9 @@ class BlockModel(nn.Module):
         self.examples = dict(examples)
         self.class_names = class_names
         self.private_blocks = private_blocks
+        self._widths = {
+            name: _width(name, encoder, examples[name]) for name, encoder in encoders.items()
+        }
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The whole model on any subset of its modalities: ``(b, num_classes)`` logits.
@@ -60,7 +64,7 @@ class BlockModel(nn.Module):
         some = next(iter(embeddings.values()))
         present = some.new_tensor([float(name in inputs) for name in self.encoders])
         for name in self.encoders.keys() - embeddings.keys():
-            embeddings[name] = torch.zeros_like(some)
+            embeddings[name] = some.new_zeros(len(some), self._widths[name])
         logits: Tensor = self.head(self.fusion(embeddings, present.expand(len(some), -1)))
         return logits
 
@@ -70,6 +74,23 @@ class BlockModel(nn.Module):
             yield encoder_name(modality), encoder
         yield "fusion", self.fusion
         yield "head", self.head
+
+
+def _width(modality: str, encoder: nn.Module, example: Tensor) -> int:
+    """The embedding's length, found on a copy, so that the encoder's own state is as it was."""
+    try:
+        with torch.no_grad():
+            embedding = copy.deepcopy(encoder).eval()(example)
+    except Exception as error:  # whatever the user's own code raises
+        raise ModelError(
+            f"block {encoder_name(modality)}: its forward pass fails: {error!r}"[:500]
+        ) from error
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
+        found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding)
+        raise ModelError(
+            f"block {encoder_name(modality)}: output of {found}, expected a tensor (batch, d)"
+        )
+    return embedding.shape[1]
 
 
 def encoder_name(modality: str) -> str:

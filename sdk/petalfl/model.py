@@ -213,13 +213,30 @@ def check_artifact(artifact: Artifact, data: bytes) -> None:
 
 
 def _check_wiring(manifest: ModelManifest) -> None:
+    """One encoder per modality, then a fusion of all of them, then a head of the fusion."""
     known = set(manifest.modalities)
     for block in manifest.blocks:
         _check_block(block, known)
         known.add(block.name)
-    kinds = [block.kind for block in manifest.blocks]
-    if kinds.count("head") != 1 or kinds[-1] != "head" or kinds.count("fusion") > 1:
-        raise ModelError(f"expected encoders, at most one fusion, then one head; found {kinds}")
+    encoders = [b for b in manifest.blocks if b.kind == "encoder"]
+    expected = [(m,) for m in manifest.modalities]
+    rest = [(b.kind, b.inputs) for b in manifest.blocks[len(encoders) :]]
+    fusion = manifest.blocks[-2].name if len(manifest.blocks) > 1 else ""
+    wanted = [("fusion", tuple(e.name for e in encoders)), ("head", (fusion,))]
+    if sorted(e.inputs for e in encoders) != sorted(expected) or rest != wanted:
+        raise ModelError(
+            "expected an encoder per modality, then a fusion of all encoders, then a head of the "
+            f"fusion; found {[(b.name, b.kind, *b.inputs) for b in manifest.blocks][:4]}"
+        )
+    if manifest.blocks[-1].output_shape != (manifest.num_classes,):
+        raise ModelError(
+            f"block {manifest.blocks[-1].name}: outputs of {manifest.blocks[-1].output_shape}, "
+            f"expected ({manifest.num_classes},) classes"
+        )
+    if manifest.class_names and len(manifest.class_names) != manifest.num_classes:
+        raise ModelError(
+            f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
+        )
     for name in manifest.private_blocks:
         if name not in known - manifest.modalities.keys():
             raise ModelError(f"private block {name!r} is no block of the model")
@@ -231,6 +248,12 @@ def _check_block(block: Block, known: set[str]) -> None:
     for name in block.inputs:
         if name not in known:
             raise ModelError(f"block {block.name}: input {name!r} comes from nowhere before it")
+    for kind, names in (
+        ("parameter", [p.name for p in block.parameters]),
+        ("input", [*block.inputs, *(d.name for d in block.dropouts), "present", "parameters"]),
+    ):
+        if len(set(names)) != len(names):
+            raise ModelError(f"block {block.name}: two {kind}s of one name in {names[:6]}")
     total = sum(_count(parameter.shape) for parameter in block.parameters)
     if total != block.size:
         raise ModelError(f"block {block.name}: size {block.size}, its parameters have {total}")

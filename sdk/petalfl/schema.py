@@ -33,8 +33,11 @@ class Pattern:
     regex: str
 
 
+_MAX_EXACT = 1 << 53  # integers beyond it are no longer exact as a float
+
 # One level of an MQTT topic, of a URL and of a path: nothing in it can climb or branch.
-Name = Annotated[str, Pattern(r"[a-z0-9][a-z0-9-]{0,63}")]
+NAME_REGEX = r"[a-z0-9][a-z0-9-]{0,63}"
+Name = Annotated[str, Pattern(NAME_REGEX)]
 Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}")]
 
 
@@ -108,7 +111,7 @@ def _read_as(hint: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < _MAX_EXACT:
         value = float(value)
     if type(value) is not hint:
         raise ValueError(f"{where}: expected {hint.__name__}, found {_show(value)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+from petalfl.schema import NAME_REGEX
 
 
 def block_meta(federation: str, block: str) -> str:
@@ -49,6 +49,6 @@ def from_devices(federation: str) -> tuple[str, str, str]:
 
 
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME_REGEX, name):
         raise ValueError(f"{name[:70]!r} is no name: expected 1 to 64 of a-z, 0-9 and '-'")
     return name

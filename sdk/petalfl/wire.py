@@ -198,7 +198,7 @@ def _unpack(data: bytes) -> Any:
             strict_map_key=True,
             max_array_len=256,
             max_map_len=MAX_TASK_BLOCKS,
-            max_str_len=256,
+            max_str_len=1024,  # bytes: 256 characters at most
             max_bin_len=CHUNK_BYTES,
             max_ext_len=0,
             ext_hook=_refuse_extension,

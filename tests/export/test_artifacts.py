@@ -185,10 +185,11 @@ REFUSED: dict[str, tuple[Callable[[], BlockModel], str]] = {
     ),
     "double": (
         lambda: tiny(
-            linear().double(),
-            examples={"a": torch.randn(2, 3, 8).double(), "b": torch.randn(2, 5)},
+            Lambda(
+                lambda m, x: m.out(x.flatten(1).double()).float(), out=nn.Linear(24, 4).double()
+            )
         ),
-        r"block encoder-a: 1\.weight is torch\.float64, expected torch\.float32",
+        r"block encoder-a: out\.weight is torch\.float64, expected torch\.float32",
     ),
     "logits-of-another-width": (
         lambda: tiny(linear(), head=nn.Linear(4, 5)),
@@ -196,7 +197,7 @@ REFUSED: dict[str, tuple[Callable[[], BlockModel], str]] = {
     ),
     "embedding-of-another-rank": (
         lambda: tiny(nn.Linear(8, 4)),
-        r"block encoder-a: output of shape \(2, 3, 4\), expected \(batch, d\)",
+        r"block encoder-a: output of \(2, 3, 4\), expected a tensor \(batch, d\)",
     ),
     "one-class": (
         lambda: tiny(linear(), head=nn.Linear(4, 1), class_names=("x",)), r"num_classes: 1"
@@ -249,9 +250,6 @@ REFUSED_BY_ACCIDENT: dict[str, Callable[[], BlockModel]] = {
     "custom-gradient": lambda: tiny(
         Lambda(lambda m, x: twice(m.out(x.flatten(1))), out=nn.Linear(24, 4))
     ),
-    "no-gradient-at-all": lambda: tiny(
-        linear(), head=Lambda(lambda m, x: x[:, :3] + 0 * m.out(x), out=nn.Linear(4, 3))
-    ),
 }
 
 
@@ -277,7 +275,6 @@ def test_no_folder_is_left_whatever_the_error(case: str, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(reason="errors of torch, onnxruntime and Python come out untranslated")
 @pytest.mark.parametrize("case", REFUSED_BY_ACCIDENT)
 def test_refusals_are_model_errors(case: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
@@ -335,10 +332,6 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path: Path) -> No
     assert files(tmp_path) == before
 
 
-@pytest.mark.xfail(
-    reason="any folder with a manifest.json is taken for artifacts and deleted",
-    raises=pytest.fail.Exception,
-)
 def test_a_folder_with_a_foreign_manifest_is_not_touched(tmp_path: Path) -> None:
     """Browser extensions and web apps have a manifest.json, too."""
     (tmp_path / "app").mkdir()
@@ -350,9 +343,6 @@ def test_a_folder_with_a_foreign_manifest_is_not_touched(tmp_path: Path) -> None
     assert files(tmp_path) == before
 
 
-@pytest.mark.xfail(
-    reason="the current folder is deleted under the export's own feet", raises=OSError
-)
 def test_the_current_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")

@@ -140,7 +140,6 @@ def test_a_module_in_the_current_folder(
     del sys.modules["my_model_here"]
 
 
-@pytest.mark.xfail(reason="PyTorch's exporter prints its graph to stdout", raises=AssertionError)
 def test_stdout_is_clean_when_pytorch_gives_up(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,12 +147,10 @@ def test_stdout_is_clean_when_pytorch_gives_up(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.xfail(reason="a relative module raises TypeError", raises=TypeError)
 def test_a_relative_module(tmp_path: Path) -> None:
     assert main([".tiny:small", "--out", str(tmp_path / "out")]) == 2
 
 
-@pytest.mark.xfail(reason="the disk's errors are not translated", raises=OSError)
 def test_an_out_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main([SMALL, "--out", str(tmp_path / "file" / "out")]) == 2

@@ -193,14 +193,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "one class": (changed(put("num_classes", 1)), "outside"),
     "duplicate block": (changed(put("blocks.1.name", "encoder-acc")), "used twice"),
     "block called as a modality": (changed(put("blocks.1.name", "acc")), "used twice"),
-    "no head": (reordered(0, 1, 2, 3), "then one head"),
+    "no head": (reordered(0, 1, 2, 3), "then a head"),
     "head first": (reordered(4, 0, 1, 2, 3), "comes from nowhere"),
     "fusion before its encoders": (reordered(3, 0, 1, 2, 4), "comes from nowhere before it"),
     "encoder missing": (reordered(0, 1, 3, 4), "input 'encoder-ecg' comes from nowhere"),
     "two fusions": (
-        changed(lambda p: (p["blocks"][2].update(kind="fusion"))), "at most one fusion"
+        changed(lambda p: (p["blocks"][2].update(kind="fusion"))), "then a fusion"
     ),
-    "two heads": (changed(lambda p: p["blocks"][3].update(kind="head")), "then one head"),
+    "two heads": (changed(lambda p: p["blocks"][3].update(kind="head")), "then a head"),
     "input of itself": (changed(put("blocks.0.inputs", ["encoder-acc"])), "comes from nowhere"),
     "input of a later block": (changed(put("blocks.0.inputs", ["head"])), "comes from nowhere"),
     "no input": (changed(put("blocks.0.inputs", [])), "outside"),
@@ -262,7 +262,6 @@ def test_hostile_manifests(case: str) -> None:
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.xfail(reason="an int too large for a float", raises=OverflowError)
 def test_a_rate_of_400_digits() -> None:
     data = changed(put("blocks.0.dropouts.0.rate", 10**400))
     with pytest.raises(ModelError):
@@ -285,7 +284,6 @@ INCONSISTENT: dict[str, bytes] = {
 }
 
 
-@pytest.mark.xfail(reason="accepted", raises=pytest.fail.Exception)
 @pytest.mark.parametrize("case", INCONSISTENT)
 def test_inconsistent_manifests(case: str) -> None:
     with pytest.raises(ModelError):

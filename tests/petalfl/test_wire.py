@@ -123,8 +123,6 @@ def test_a_message_that_is_too_long_is_not_sent() -> None:
         encode(Chunk(ID, 0, bytes(MAX_MESSAGE_BYTES)))
 
 
-@pytest.mark.xfail(reason="256 characters, but 512 bytes, and max_str_len counts bytes",
-                   raises=WireError)  # fmt: skip
 def test_a_reason_in_another_language() -> None:
     receipt = Receipt(ID, "rejected", "é" * 256)
     assert decode(encode(receipt)) == receipt

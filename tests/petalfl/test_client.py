@@ -1,0 +1,474 @@
+"""`EdgeClient`, one or two of them, with the real server on a small model.
+
+What whole federations do is in tests/integration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from petalfl import (
+    DataError,
+    EdgeClient,
+    EnrollError,
+    PetalError,
+    RoundInfo,
+    StoreError,
+    TransportError,
+)
+from petalfl.downlink import Downlink, Session
+from petalfl.store import DeviceStore
+from tests.integration.harness import Server, running_server
+
+A = np.random.default_rng(1).standard_normal((24, 5), dtype=np.float32)
+B = np.random.default_rng(2).standard_normal((24, 2, 8), dtype=np.float32)
+LABELS = np.arange(24) % 3
+
+
+@pytest.fixture(scope="module")
+def idle(small_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that enrolls devices and never has enough of them."""
+    data_dir = tmp_path_factory.mktemp("idle")
+    with running_server(small_artifacts, data_dir, "--min-devices", "99") as server:
+        yield server
+
+
+@pytest.fixture
+def busy(small_artifacts: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server that gives a single device three rounds of 12 batches."""
+    arguments = ("--rounds", "3", "--epochs", "2", "--batch-size", "4")
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        yield server
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., EdgeClient]]:
+    """Makes clients that are closed after the test."""
+    made: list[EdgeClient] = []
+
+    def make(server: Server, device: str = "", **changes: Any) -> EdgeClient:
+        defaults = {
+            "token": server.token,
+            "data": {"a": A},
+            "labels": LABELS,
+            "store": tmp_path / (device or "store"),
+            "device": device,
+        }
+        made.append(EdgeClient(changes.pop("url", server.url), **{**defaults, **changes}))
+        return made[-1]
+
+    yield make
+    for client in made:
+        with contextlib.suppress(OSError):  # the test has closed it
+            client.close()
+
+
+Make = Callable[..., EdgeClient]
+
+
+# Refusals
+
+
+def test_wrong_token(idle: Server, make: Make) -> None:
+    client = make(idle, "wrong-token", token="guess")
+    with pytest.raises(EnrollError, match="401 wrong or no token"):
+        client.run()
+    assert "wrong-token" not in idle.get("devices")
+
+
+def test_the_right_token_after_the_wrong_one(idle: Server, make: Make, tmp_path: Path) -> None:
+    client = make(idle, "second-try", token="guess")
+    with pytest.raises(EnrollError):
+        client.run()
+    client.close()
+    run_and_stop(make(idle, "second-try"))
+    assert idle.get("devices")["second-try"]["modalities"] == ["a"]
+
+
+def test_a_name_that_is_taken(idle: Server, make: Make, tmp_path: Path) -> None:
+    run_and_stop(make(idle, "taken"))
+    other = make(idle, "taken", store=tmp_path / "other")
+    with pytest.raises(EnrollError, match="409 device taken is enrolled already"):
+        other.run()
+
+
+def test_a_store_that_is_open(idle: Server, make: Make) -> None:
+    client = make(idle, "first")
+    with pytest.raises(StoreError, match="is open already; give every client its own"):
+        make(idle, "first")
+    client.close()
+    make(idle, "first")
+
+
+def test_no_server(idle: Server, make: Make) -> None:
+    client = make(idle, url="http://127.0.0.1:9")
+    with pytest.raises(TransportError, match="no petalfl server answers at http://127.0.0.1:9"):
+        client.run()
+
+
+def test_no_broker(idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Downlink, "get_session", lambda self: Session("127.0.0.1", 9, False))
+    with pytest.raises(TransportError, match="no broker answers at mqtt://127.0.0.1:9"):
+        make(idle).run()
+
+
+def test_another_federation(idle: Server, make: Make) -> None:
+    with pytest.raises(TransportError, match="404"):
+        make(idle, federation="other").run()
+
+
+def test_a_credential_that_was_revoked(idle: Server, make: Make, tmp_path: Path) -> None:
+    client = make(idle, "revoked")
+    run_and_stop(client)
+    client.close()
+    store = DeviceStore(tmp_path / "revoked")
+    identity = store.read_identity()
+    assert identity is not None
+    store.write_identity(type(identity)("default", "revoked", "x" * 43, identity.private_blocks))
+    store.close()
+    with pytest.raises(EnrollError, match="401 .*not enrolled here, or its credential was revoked"):
+        make(idle, "revoked").run()
+
+
+BAD_DATA = {
+    "shape": ({"data": {"a": A[:, :4]}}, r"modality a: found shape \(24, 4\), expected \(n, 5\)"),
+    "NaN": ({"data": {"a": A * np.nan}}, "modality a: example 0 holds NaN"),
+    "object": ({"data": {"a": A.astype(object)}}, "modality a: found object"),
+    "lengths": ({"data": {"a": A, "b": B[:9]}}, r"found \{'a': 24, 'b': 9\}"),
+    "fewer labels": ({"labels": LABELS[:9]}, r"labels: found int64 \(9,\)"),
+    "a class too many": ({"labels": LABELS + 1}, "labels: found 1 to 3, expected 0 to 2"),
+    "no labels": ({"labels": None}, r"labels: .* expected integers \(24,\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_data(idle: Server, make: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make(idle, **changes).run()
+
+
+def test_a_modality_that_the_model_lacks(idle: Server, make: Make) -> None:
+    with pytest.raises(PetalError, match="found modality 'eeg', the model has a, b"):
+        make(idle, data={"a": A, "eeg": A}).run()
+
+
+@pytest.mark.parametrize("device", ["A", "a/b", "+", "#", "x" * 65, "-a", "a b", "é", ".."])
+def test_malformed_device(idle: Server, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match="is no name"):
+        EdgeClient(idle.url, store=tmp_path, device=device)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_url_leaves_the_store_free(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected http"):
+        EdgeClient("mqtt://h", store=tmp_path)
+    DeviceStore(tmp_path).close()
+
+
+def test_a_damaged_store_is_left_free(tmp_path: Path) -> None:
+    (tmp_path / "state.msgpack").write_bytes(b"rubbish")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="checksum"):
+            EdgeClient("http://127.0.0.1:9", store=tmp_path)
+
+
+def test_a_random_name_stays(idle: Server, make: Make) -> None:
+    client = make(idle)
+    run_and_stop(client)
+    name = client.device
+    client.close()
+    assert make(idle).device == name
+    assert name.startswith("device-")
+    assert name in idle.get("devices")
+
+
+def test_nothing_to_predict_with_yet(idle: Server, make: Make) -> None:
+    with pytest.raises(StoreError, match=r"has no model yet: call run\(\) first"):
+        make(idle).predict({"a": A})
+
+
+# Stopping
+
+
+def run_and_stop(client: EdgeClient) -> None:
+    """Enrolls, and stops."""
+    with running(client):
+        pass
+
+
+@contextlib.contextmanager
+def running(client: EdgeClient) -> Iterator[None]:
+    """Runs a client on a thread; stops it at the end, which must not take long."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            client.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        until(lambda: client._identity is not None or bool(errors), "enrollment")
+        yield
+    finally:
+        client.stop()
+        thread.join(2)
+        assert not thread.is_alive()
+    assert errors == []
+
+
+def test_stop_while_waiting(idle: Server, make: Make) -> None:
+    client = make(idle, "waiting")
+    with running(client):
+        until(lambda: is_ready(idle, "waiting"), "the device is ready")
+    until(lambda: not is_ready(idle, "waiting"), "the device is gone")
+
+
+def is_ready(server: Server, device: str) -> bool:
+    return bool(server.get("devices").get(device, {}).get("is_ready"))
+
+
+def until(is_so: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < give_up_s, f"waited for: {what}"
+        time.sleep(0.02)
+
+
+def test_stop_amid_training(busy: Server, make: Make) -> None:
+    """The round is given up between two batches, and trained again by the next run."""
+    rounds: list[int] = []
+    batches: list[int] = []
+
+    def stop_soon(done: int, total: int) -> None:
+        batches.append(done)
+        if done == 2:
+            client.stop()
+
+    client = make(
+        busy, "d", on_round=lambda info: rounds.append(info.round_num), on_progress=stop_soon
+    )
+    client.run()
+    assert (rounds, batches) == ([1], [1, 2])
+    assert client._state.round_num == 0
+    assert client._state.outbox == ()
+    client.close()
+    again = make(busy, "d", on_round=lambda info: rounds.append(info.round_num))
+    again.run()
+    assert rounds == [1, 1, 2, 3]
+
+
+def test_nothing_is_written_after_run_has_returned(
+    busy: Server, make: Make, tmp_path: Path
+) -> None:
+    """Even if a callback is slow when the client is stopped."""
+    started = threading.Event()
+
+    def dawdle(done: int, total: int) -> None:
+        started.set()
+        time.sleep(0.2)
+
+    async def scenario() -> None:
+        client = make(busy, "d", on_progress=dawdle)
+        run = asyncio.create_task(client.arun())
+        await asyncio.to_thread(started.wait, 10)
+        client.stop()
+        await asyncio.wait_for(run, 2)
+        client.close()
+
+    asyncio.run(scenario())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.msgpack")}
+    time.sleep(0.5)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.msgpack")} == before
+    assert DeviceStore(tmp_path / "d").read_state().round_num == 0
+
+
+def test_a_cancelled_run_ends_its_training(busy: Server, make: Make) -> None:
+    async def scenario() -> None:
+        started = threading.Event()
+        client = make(busy, "d", on_progress=lambda done, total: started.set() or time.sleep(0.05))
+        run = asyncio.create_task(client.arun())
+        await asyncio.to_thread(started.wait, 10)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(run, 5)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
+def test_stop_before_and_after_run(busy: Server, make: Make) -> None:
+    client = make(busy, "d")
+    client.stop()  # nothing runs: nothing to stop
+    client.run()
+    assert client._state.round_num == 3
+    client.stop()
+
+
+def test_close_twice(idle: Server, make: Make) -> None:
+    with make(idle) as client:
+        client.close()
+
+
+# Taking part
+
+
+def test_callbacks(busy: Server, make: Make) -> None:
+    infos: list[RoundInfo] = []
+    progress: list[tuple[int, int]] = []
+    threads: set[int] = set()
+
+    def note(info: RoundInfo) -> None:
+        infos.append(info)
+        threads.add(threading.get_ident())
+
+    def note_progress(done: int, total: int) -> None:
+        progress.append((done, total))
+        threads.add(threading.get_ident())
+
+    make(busy, "d", on_round=note, on_progress=note_progress).run()
+    assert infos == [RoundInfo(1, 3), RoundInfo(2, 3), RoundInfo(3, 3)]
+    assert progress == [(done, 12) for _ in range(3) for done in range(1, 13)]
+    assert threading.get_ident() not in threads
+
+
+def test_on_round_may_evaluate(busy: Server, make: Make) -> None:
+    """The round's blocks are in place by then."""
+    scores: list[dict[str, float]] = []
+    client = make(
+        busy, "d", on_round=lambda info: scores.append(client.evaluate({"a": A}, LABELS))
+    )
+    client.run()
+    assert len(scores) == 3
+    assert client.evaluate({"a": A}, LABELS)["num_examples"] == 24
+
+
+def test_a_failing_callback_ends_the_run(busy: Server, make: Make) -> None:
+    def fail(info: RoundInfo) -> None:
+        raise ZeroDivisionError("in the app")
+
+    with pytest.raises(ZeroDivisionError, match="in the app"):
+        make(busy, "d", on_round=fail).run()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflows, on the training thread
+def test_training_that_diverges_ends_the_run(
+    small_artifacts: Path, tmp_path: Path, make: Make
+) -> None:
+    arguments = ("--rounds", "1", "--learning-rate", "1000", "--batch-size", "4")
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        client = make(server, "d", data={"a": A * 1e30})
+        with pytest.raises(DataError, match="training diverged at batch .*lower the learning rate"):
+            client.run()
+        assert client._state.round_num == 0  # nothing of it is kept
+
+
+def test_a_device_that_fails_is_not_waited_for(busy: Server, make: Make) -> None:
+    """It says that it goes, so that no later round opens with it and runs into its deadline."""
+
+    def fail(info: RoundInfo) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make(busy, "d", on_round=fail).run()
+    until(lambda: not is_ready(busy, "d"), "the device is gone", 3)
+
+
+def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) -> None:
+    """Ctrl-C cancels `run`."""
+
+    async def scenario() -> None:
+        run = asyncio.create_task(make(idle, "cancelled").arun())
+        while not await asyncio.to_thread(is_ready, idle, "cancelled"):
+            await asyncio.sleep(0.02)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    asyncio.run(scenario())
+    until(lambda: not is_ready(idle, "cancelled"), "the device is gone", 3)
+
+
+def test_when_it_is_over_there_is_no_more_training(busy: Server, make: Make) -> None:
+    client = make(busy, "d")
+    client.run()
+    expected = client.predict_proba({"a": A})
+    client.close()
+    rounds: list[RoundInfo] = []
+    again = make(busy, "d", on_round=rounds.append)
+    again.run()
+    assert rounds == []
+    np.testing.assert_array_equal(again.predict_proba({"a": A}), expected)
+
+
+@pytest.mark.parametrize("failure", [TransportError("503"), TransportError("wrong sha256")])
+def test_a_download_that_fails_is_tried_again(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, failure: TransportError
+) -> None:
+    """Once the device takes part, a server that is away for a while ends nothing."""
+    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+    fetch_block = Downlink.fetch_block
+    calls: list[str] = []
+
+    def flaky(self: Downlink, block: Any, pointer: Any) -> Any:
+        calls.append(block.name)
+        if len(calls) % 2:
+            raise failure
+        return fetch_block(self, block, pointer)
+
+    monkeypatch.setattr(Downlink, "fetch_block", flaky)
+    client = make(busy, "d")
+    client.run()
+    assert client._state.round_num == 3
+    assert len(calls) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shared"),
+    [
+        ("fm", {"encoder-a", "fusion", "head"}),
+        ("ph", {"encoder-a", "fusion"}),
+        ("phf", {"encoder-a"}),
+        ("local", set()),
+    ],
+)
+def test_sharing_schemes(
+    small_artifacts: Path, tmp_path: Path, make: Make, scheme: str, shared: set[str]
+) -> None:
+    """What the device shares, keeps private, and can predict with."""
+    arguments = ("--rounds", "2", "--scheme", scheme)
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        client = make(server, "d")
+        client.run()
+        traffic = server.get("devices")["d"]["blocks"]
+        rows = server.query("SELECT block, COUNT(*) FROM updates GROUP BY block")
+    assert dict(rows) == dict.fromkeys(shared, 2)
+    assert set(traffic) == shared
+    assert set(client._state.private) == {"encoder-a", "fusion", "head"} - shared
+    assert client.predict({"a": A}).shape == (24,)
+    client.close()
+    offline = make(server, "d")
+    assert offline.predict({"a": A}).shape == (24,)
+
+
+def test_an_app_that_only_predicts(busy: Server, make: Make) -> None:
+    """It gives neither data nor labels, once the device has taken part."""
+    client = make(busy, "d")
+    client.run()
+    expected = client.predict_proba({"a": A})
+    client.close()
+    reader = make(busy, "d", token="", data=None, labels=None)
+    np.testing.assert_array_equal(reader.predict_proba({"a": A}), expected)
+    with pytest.raises(DataError, match="no parameters of encoder-b"):
+        reader.predict({"b": B})
