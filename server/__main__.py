@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from petalfl import mqtt
 from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 from petalfl.model import ModelManifest
+from petalfl.schema import read
 from petalfl.training import Hyperparameters
 
 from .broker import Broker, open_broker
@@ -132,13 +134,24 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
 
 
 def _config(options: argparse.Namespace, manifest: ModelManifest) -> Config:
-    for name in ("min_devices", "batch_size", "epochs"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1")
-    if options.rounds < 0 or options.deadline <= 0 or options.learning_rate <= 0:
-        raise ConfigError("--rounds, --deadline and --learning-rate must be positive")
+    for name, is_right, expected in (
+        ("min-devices", options.min_devices >= 1, "at least 1"),
+        ("rounds", options.rounds >= 0, "at least 0"),
+        ("seed", options.seed >= 0, "at least 0"),
+        ("deadline", 0 < options.deadline < float("inf"), "seconds above 0"),
+        ("learning-rate", options.learning_rate != 0, "more than 0"),
+    ):
+        if not is_right:
+            found = getattr(options, name.replace("-", "_"))
+            raise ConfigError(f"--{name}: found {found:g}, expected {expected}")
     if options.schedule == "cosine" and not options.rounds:
         raise ConfigError("--schedule cosine needs --rounds; choose --schedule constant")
+    names = [field.name for field in dataclasses.fields(Hyperparameters)]
+    try:  # by the schema that the devices' tasks are read with
+        hyperparameters = read(Hyperparameters, {n: getattr(options, n) for n in names}, "-")
+    except ValueError as error:
+        name, _, reason = str(error).removeprefix("-.").partition(":")
+        raise ConfigError(f"--{name.replace('_', '-')}:{reason}") from error
     return Config(
         artifacts=options.artifacts,
         data_dir=options.data_dir,
@@ -147,10 +160,7 @@ def _config(options: argparse.Namespace, manifest: ModelManifest) -> Config:
         num_rounds=options.rounds,
         min_devices=options.min_devices,
         deadline_s=options.deadline,
-        hyperparameters=Hyperparameters(
-            options.learning_rate, options.momentum, options.weight_decay, options.batch_size,
-            options.epochs,
-        ),
+        hyperparameters=hyperparameters,
         schedule=options.schedule or ("cosine" if options.rounds else "constant"),
         server_momentum=options.server_momentum,
         seed=options.seed,

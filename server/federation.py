@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
+
+import numpy as np
 
 from petalfl import wire
 from petalfl.errors import ModelError
@@ -24,9 +27,11 @@ from .config import Config, ConfigError
 from .optimizers import momentum
 from .rounds import Round
 from .schedules import learning_rate
-from .state import NewVersion, ServerState
+from .state import NewVersion, ServerState, StateError
 
 log = logging.getLogger("petalfl.server")
+
+RETRY_S = 10.0  # until a round that could not be closed is tried again
 
 
 class Sender(Protocol):
@@ -76,17 +81,19 @@ class Federation:
         self._pointers: dict[str, wire.BlockVersion] = {}
         self._bodies: dict[str, bytes] = {}  # the newest versions, as they are served
         self._load_blocks()
+        unclosed = self._state.unclosed_round()
+        if unclosed is not None:  # before anything arrives: its updates must not be refused
+            self._resume(unclosed.round_num, unclosed.cohort)
+        elif self._is_over():
+            self.finished.set()
 
     def start(self, sender: Sender) -> None:
         """Publishes the versions and goes on where the last run stopped."""
         self._sender = sender
         for name, pointer in self._pointers.items():
             sender.publish_version(name, pointer)
-        unclosed = self._state.unclosed_round()
-        if unclosed is not None:
-            self._resume(unclosed.round_num, unclosed.cohort)
-        elif self._is_over():
-            self.finished.set()
+        for device in self.ready:
+            self._answer_ready(device)
 
     def close(self) -> None:
         """Stops the clock; an open round stays open in the state."""
@@ -131,6 +138,10 @@ class Federation:
         except ModelError as error:
             log.warning("device %s with %s cannot take part: %s", device, ready.modalities, error)
             return
+        if self._sender is not None:
+            self._answer_ready(device)
+
+    def _answer_ready(self, device: str) -> None:
         if self.finished.is_set():
             self._send(device, wire.Finish(self._pointers_for(device)))
         elif self.round is None:
@@ -150,6 +161,8 @@ class Federation:
             log.warning("refused an update: %s", reason)
             return wire.Receipt(update.update_id, "rejected", reason[:256])
         if not self.round.has(update):
+            if self._state.has_update(update.update_id):
+                return wire.Receipt(update.update_id, "rejected", "its update_id is another's")
             self._state.journal_update(update)
             self.round.add(update)
             self._close_round_if_complete()
@@ -230,13 +243,19 @@ class Federation:
         self._deadline.cancel()
         closing = self.round
         results = closing.finalize()
-        new = [
-            self._step(name, result.delta)
-            for name, result in results.items()
-            if result.delta is not None
-        ]
-        self.flush_traffic()
-        self._state.close_round(closing.round_num, new, closing.loss, self._now_s())
+        try:
+            new = [
+                version
+                for name, result in results.items()
+                if result.delta is not None and (version := self._step(name, result.delta))
+            ]
+            self.flush_traffic()
+            self._state.close_round(closing.round_num, new, closing.loss, self._now_s())
+        except (StateError, sqlite3.Error) as error:  # the disk is full, say
+            log.error("round %d cannot be closed yet: %s", closing.round_num, error)
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(RETRY_S, self._close_complete, closing)
+            return
         self.round = None
         for version in new:
             self._install(version.block, version.version, version.parameters)
@@ -247,12 +266,17 @@ class Federation:
                 self._send(device, wire.Finish(self._pointers_for(device)))
         self._open_round_if_possible()
 
-    def _step(self, name: str, delta: Vector) -> NewVersion:
+    def _step(self, name: str, delta: Vector) -> NewVersion | None:
+        """The block's next version; None where it would not be finite, and the old one stays."""
         block, version = self.shared[name], self._pointers[name].version
         parameters, state = self._state.read_version(block, version)
         if not state.size:
             state = self._optimizer.init(block.size)
-        parameters, state = self._optimizer.update(parameters, delta, state)
+        with np.errstate(over="ignore", invalid="ignore"):
+            parameters, state = self._optimizer.update(parameters, delta, state)
+        if not (np.isfinite(parameters).all() and np.isfinite(state).all()):
+            log.error("block %s keeps version %d: the next would not be finite", name, version)
+            return None
         return NewVersion(block, version + 1, parameters, state)
 
     def _is_over(self) -> bool:
@@ -298,7 +322,7 @@ class Federation:
     def _check_settings(self) -> None:
         for key, value in (
             ("model layout", self.manifest.layout_sha256),
-            ("private blocks", ",".join(self.config.private_blocks)),
+            ("private blocks", ",".join(sorted(self.config.private_blocks))),
         ):
             stored = self._state.setting(key, value)
             if stored != value:

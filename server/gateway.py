@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from petalfl import topics, wire
-from petalfl.errors import PetalError, WireError
+from petalfl.errors import WireError
 from petalfl.model import Block, ModelManifest
+from petalfl.schema import NAME_REGEX
 from petalfl.transport import Transport
 
 log = logging.getLogger("petalfl.server.gateway")
@@ -70,6 +72,7 @@ class Gateway:
         self._blocks = {block.name: block for block in manifest.blocks}
         self._judge = judge
         self._partials: dict[str, dict[bytes, _Partial]] = {}  # by device, by update_id
+        self._offline: set[str] = set()
         self._sending: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -96,16 +99,22 @@ class Gateway:
     def _receive(self, topic: str, payload: bytes) -> None:
         kind, block, device = _split(topic)
         try:
+            if not re.fullmatch(NAME_REGEX, device):  # a broker of ours lets no such login in
+                raise WireError("the topic names no device")
             message = wire.decode(payload)
             if kind == "up":
                 self._judge.on_bytes_up(device, block, len(payload))
                 self._receive_up(device, block, message)
             elif kind == "req" and isinstance(message, wire.Ready):
-                self._judge.on_ready(device, message)
+                if device not in self._offline:  # retained by a device that is gone
+                    self._judge.on_ready(device, message)
             elif kind == "req" and isinstance(message, wire.Report):
                 self._answer(device, self._judge.on_report(device, message))
             elif kind == "status" and isinstance(message, wire.Status):
-                if not message.is_online:
+                if message.is_online:
+                    self._offline.discard(device)
+                else:
+                    self._offline.add(device)
                     self._judge.on_offline(device)
             else:
                 raise WireError(f"a {type(message).__name__} does not belong on this topic")
@@ -187,8 +196,8 @@ class Gateway:
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), PetalError):
-            log.warning("%s", error)  # the device asks again
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("a message was not sent: %s", error)  # the device asks again
 
 
 def _split(topic: str) -> tuple[str, str, str]:

@@ -26,6 +26,7 @@ from petalfl.model import Block
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import BlockUpdate, Report
 
+_OPTIMIZER_STATE = "optimizer.state"  # beside the parameters' own names
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -91,11 +92,11 @@ class ServerState:
             raise StateError(f"another server is running on the data folder {folder}") from error
         except OSError as error:
             raise StateError(f"cannot open the data folder {folder}: {error}") from error
-        self._db = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
-        (folder / "state.sqlite").chmod(0o600)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db = _open_database(folder / "state.sqlite")
+        except sqlite3.Error as error:
+            os.close(self._lock)
+            raise StateError(f"cannot open {folder / 'state.sqlite'}: {error}") from error
 
     def close(self) -> None:
         """Lets another server open the folder."""
@@ -174,11 +175,14 @@ class ServerState:
 
     def journal_update(self, update: BlockUpdate) -> None:
         """Makes an accepted update durable; its receipt may go out when this returns."""
-        self._db.execute(
-            "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (update.update_id, update.round_num, update.device, update.block,
-             update.base_version, update.num_examples, to_bytes(update.delta)),
-        )  # fmt: skip
+        row = (update.update_id, update.round_num, update.device, update.block,
+               update.base_version, update.num_examples, to_bytes(update.delta))  # fmt: skip
+        self._db.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def has_update(self, update_id: bytes) -> bool:
+        """Whether an update of whatever round was accepted under this id."""
+        query = "SELECT 1 FROM updates WHERE update_id = ?"
+        return self._db.execute(query, (update_id,)).fetchone() is not None
 
     def journal_report(self, device: str, report: Report) -> None:
         """Makes a report durable; the first of a device stands."""
@@ -255,9 +259,10 @@ class ServerState:
             vector = np.concatenate([tensors[p.name].ravel() for p in block.parameters])
         except Exception as error:  # safetensors raises its own and KeyError
             raise StateError(f"cannot read {path}: {error}") from error
-        if row is None or hashlib.sha256(to_bytes(vector)).hexdigest() != row[0]:
+        optimizer_state = tensors.get(_OPTIMIZER_STATE, np.zeros(0, np.float32))
+        if row is None or _checksum(vector, optimizer_state) != row[0]:
             raise StateError(f"{path} is damaged: its checksum is not the recorded one")
-        return vector, tensors.get("optimizer.state", np.zeros(0, np.float32))
+        return vector, optimizer_state
 
     # Traffic
 
@@ -343,22 +348,35 @@ class ServerState:
         for parameter in new.block.parameters:
             size = int(np.prod(parameter.shape))
             part = new.parameters[start : start + size]
-            tensors[parameter.name] = np.ascontiguousarray(part.reshape(parameter.shape))
+            tensors[parameter.name] = part.reshape(parameter.shape)
             start += size
         if new.optimizer_state.size:
-            tensors["optimizer.state"] = new.optimizer_state
+            tensors[_OPTIMIZER_STATE] = new.optimizer_state
         try:
             write_atomic(path, save(tensors), mode=0o644)
         except OSError as error:
             raise StateError(f"cannot write {path}: {error}") from error
 
     def _insert_version(self, new: NewVersion, round_num: int) -> None:
-        digest = hashlib.sha256(to_bytes(new.parameters)).hexdigest()
-        row = (new.block.name, new.version, digest, round_num)
+        checksum = _checksum(new.parameters, new.optimizer_state)
+        row = (new.block.name, new.version, checksum, round_num)
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", row)
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        path.chmod(0o600)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
+        db.executescript(_SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 class _Transaction:
@@ -370,6 +388,10 @@ class _Transaction:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def _checksum(parameters: Vector, optimizer_state: Vector) -> str:
+    return hashlib.sha256(to_bytes(parameters) + to_bytes(optimizer_state)).hexdigest()
 
 
 def _digest(salt: bytes, password: str) -> bytes:

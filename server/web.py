@@ -8,7 +8,6 @@ device downloads.
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import json
 import logging
@@ -35,6 +34,7 @@ from .state import ServerState
 log = logging.getLogger("petalfl.server.web")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+DeviceHandler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 MAX_REQUEST_BYTES = 64 * 1024
 
 
@@ -100,26 +100,28 @@ class WebApp:
     def _for_operator(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
             kind, _, given = request.headers.get("Authorization", "").partition(" ")
-            if kind != "Bearer" or not hmac.compare_digest(given.encode(), self._token.encode()):
+            is_right = hmac.compare_digest(
+                given.encode(errors="surrogateescape"), self._token.encode()
+            )
+            if kind != "Bearer" or not is_right:
                 raise web.HTTPUnauthorized(text="wrong or no token; the server printed it at start")
             return await handler(request)
 
         return checked
 
-    def _for_device(self, handler: Handler) -> Handler:
+    def _for_device(self, handler: DeviceHandler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
             kind, _, given = request.headers.get("Authorization", "").partition(" ")
             try:
                 text = base64.b64decode(given, validate=True).decode() if kind == "Basic" else ""
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # no base64, or no UTF-8 in it
                 text = ""
             device, _, password = text.partition(":")
             if not self._state.is_password(device, password):
                 raise web.HTTPUnauthorized(
                     text="this device is not enrolled here, or its credential was revoked"
                 )
-            request["device"] = device
-            return await handler(request)
+            return await handler(request, device)
 
         return checked
 
@@ -129,7 +131,7 @@ class WebApp:
         try:
             wanted = read(EnrollRequest, await request.json(), "enrollment")
             self._federation.blocks_of(wanted.modalities)
-        except (ValueError, ModelError) as error:
+        except (ValueError, RecursionError, ModelError) as error:
             raise web.HTTPBadRequest(text=str(error)) from error
         password = secrets.token_urlsafe(32)
         modalities = sorted(set(wanted.modalities))
@@ -148,7 +150,7 @@ class WebApp:
         log.info("enrolled %s with %s", wanted.device, ", ".join(modalities))
         return web.json_response(plain(identity))
 
-    async def _session(self, request: web.Request) -> web.Response:
+    async def _session(self, request: web.Request, device: str) -> web.Response:
         endpoint = self._broker.endpoint
         return web.json_response(
             {
@@ -158,33 +160,33 @@ class WebApp:
             }
         )
 
-    async def _manifest(self, request: web.Request) -> web.StreamResponse:
+    async def _manifest(self, request: web.Request, device: str) -> web.StreamResponse:
         return web.FileResponse(self._federation.config.artifacts / MANIFEST_NAME)
 
-    async def _artifact(self, request: web.Request) -> web.StreamResponse:
+    async def _artifact(self, request: web.Request, device: str) -> web.StreamResponse:
         artifact = self._artifacts.get(request.match_info["path"])
         if artifact is None:
             raise web.HTTPNotFound(text="no such artifact in the manifest")
-        self._check_holds(request, artifact.path.partition("/")[0])
+        self._check_holds(device, artifact.path.partition("/")[0])
         return web.FileResponse(self._federation.config.artifacts / artifact.path)
 
-    async def _versions(self, request: web.Request) -> web.Response:
+    async def _versions(self, request: web.Request, device: str) -> web.Response:
         return web.json_response(self._federation.versions)
 
-    async def _block(self, request: web.Request) -> web.Response:
+    async def _block(self, request: web.Request, device: str) -> web.Response:
         name, version = request.match_info["block"], int(request.match_info["version"])
-        self._check_holds(request, name)
+        self._check_holds(device, name)
         body = self._federation.block_body(name, version)
         if body is None:
             raise web.HTTPNotFound(text=f"no version {version} of a shared block {name!r}")
-        self._federation.on_bytes_down(request["device"], name, len(body))
+        self._federation.on_bytes_down(device, name, len(body))
         return web.Response(body=body, content_type="application/octet-stream")
 
-    def _check_holds(self, request: web.Request, block: str) -> None:
-        modalities = self._state.modalities(request["device"]) or []
+    def _check_holds(self, device: str, block: str) -> None:
+        modalities = self._state.modalities(device) or []
         held = self._federation.manifest.blocks_for(modalities)
         if block not in {b.name for b in held}:
-            raise web.HTTPForbidden(text=f"device {request['device']} does not hold block {block}")
+            raise web.HTTPForbidden(text=f"device {device} does not hold block {block}")
 
     # For operators
 
@@ -193,6 +195,7 @@ class WebApp:
 
     async def _status(self, request: web.Request) -> web.Response:
         federation = self._federation
+        federation.flush_traffic()
         current = federation.round
         return web.json_response(
             {
@@ -235,7 +238,9 @@ class WebApp:
 
     def collect(self) -> list[Metric]:
         """What `/metrics` shows; called by prometheus_client."""
-        federation, totals = self._federation, self._state.totals()
+        federation = self._federation
+        federation.flush_traffic()
+        totals = self._state.totals()
         versions = GaugeMetricFamily(
             "petalfl_block_version", "Newest version of a shared block", labels=["block"]
         )

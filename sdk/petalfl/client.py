@@ -266,7 +266,7 @@ class EdgeClient:
         ready = wire.encode(wire.Ready(tuple(sorted(self._data or {}))))
         topic = topics.status(self._federation, self.device)
         await transport.publish(topic, online, retain=True)
-        await transport.publish(topics.request(self._federation, self.device), ready)
+        await transport.publish(topics.request(self._federation, self.device), ready, retain=True)
 
     async def _until_stopped(self, worker: asyncio.Task[None]) -> None:
         assert self._stopped is not None

@@ -33,7 +33,7 @@ def all_down(federation: str, device: str) -> str:
 
 
 def request(federation: str, device: str) -> str:
-    """A device's `Ready` and `Report`."""
+    """A device's `Ready`, retained so that a restarted server finds it, and `Report`."""
     return f"fl/v1/{_checked(federation)}/req/{_checked(device)}"
 
 
@@ -43,9 +43,13 @@ def status(federation: str, device: str) -> str:
 
 
 def from_devices(federation: str) -> tuple[str, str, str]:
-    """Filters: what the server subscribes to."""
+    """Filters: what the server subscribes to, in this order.
+
+    Status comes first: after a restart of the server, a retained `Ready` counts only when its
+    device is not known to be offline.
+    """
     root = f"fl/v1/{_checked(federation)}"
-    return f"{root}/blocks/+/up/+", f"{root}/req/+", f"{root}/dev/+/status"
+    return f"{root}/dev/+/status", f"{root}/req/+", f"{root}/blocks/+/up/+"
 
 
 def _checked(name: str) -> str:

@@ -41,7 +41,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A device can take a task, now or again after a break."""
+    """A device can take a task, now or again after a break; retained."""
 
     modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
 

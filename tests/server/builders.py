@@ -271,7 +271,7 @@ class Door:
 class FakeBroker:
     """A `server.broker.Broker` without a broker."""
 
-    endpoint: BrokerEndpoint = BrokerEndpoint("127.0.0.1", 1883)
+    endpoint: BrokerEndpoint = field(default_factory=lambda: BrokerEndpoint("127.0.0.1", 1883))
     server_login: tuple[str, str] = ("server", "secret")
     granted: dict[str, str] = field(default_factory=dict)
     error: Exception | None = None

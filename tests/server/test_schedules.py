@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ def test_a_cosine_by_hand() -> None:
 @given(rounds, st.floats(1e-6, 10))
 def test_a_cosine_falls_with_every_round(num_rounds: int, base: float) -> None:
     rates = [learning_rate("cosine", base, n, num_rounds) for n in range(1, num_rounds + 1)]
-    assert all(earlier > later > 0 for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(earlier > later > 0 for earlier, later in pairwise(rates))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -4,15 +4,15 @@ import asyncio
 import base64
 import hashlib
 import json
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from aiohttp import web
+from aiohttp import web, web_request
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
@@ -160,9 +160,6 @@ async def test_health_is_open_to_all(served: Served) -> None:
 ODD_BYTES = {"token": "Bearer \udcff\udcfe", "login": "Basic \udcff\udcfe", "umlaut": "Basic ü"}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bytes beyond ASCII in Authorization: UnicodeEncodeError or ValueError, 500"
-)
 @pytest.mark.parametrize("case", ODD_BYTES)
 async def test_odd_bytes_in_a_credential_are_turned_away(served: Served, case: str) -> None:
     path = FOR_OPERATORS[0] if case == "token" else FOR_DEVICES[0]
@@ -259,7 +256,6 @@ async def test_a_bad_enrollment_is_refused(served: Served, case: str) -> None:
     assert served.run.state.devices() == before and served.broker.granted == {}
 
 
-@pytest.mark.xfail(strict=True, reason="json.loads raises RecursionError, which becomes a 500")
 async def test_deeply_nested_json_is_refused(served: Served) -> None:
     assert (await served.enroll(b"[" * 60_000))[0] == 400
 
@@ -302,7 +298,6 @@ TRICKS = (
     "%252e%252e/data/state.sqlite",
     "head/..%5c..%5cdata",
     "head//parameters.bin",
-    "./head/parameters.bin",
     "head/parameters.bin/",
     "head/parameters.bin%00",
     "HEAD/parameters.bin",
@@ -367,8 +362,8 @@ async def test_old_and_new_versions_are_served_and_no_others(served: Served) -> 
         assert (status, body) == (200, to_bytes(expected))
         digest = hashlib.sha256(body).hexdigest()
         assert version == 1 or served.run.task("watch", 2).blocks["head"].sha256 == digest
-    for version in ("0", "3", "999999999999999", "9" * 40, "-1", "1.0", "x", "1/", "%31%00"):
-        assert (await served.get(f"{ROOT}/blocks/head/{version}", login("watch")))[0] == 404
+    for none in ("0", "3", "999999999999999", "9" * 40, "-1", "1.0", "x", "1/", "%31%00"):
+        assert (await served.get(f"{ROOT}/blocks/head/{none}", login("watch")))[0] == 404
     versions = await served.json(f"{ROOT}/blocks", login("watch"))
     assert {name: versions[name] for name in HELD_BY_WATCH} == dict.fromkeys(HELD_BY_WATCH, 2)
 
@@ -492,12 +487,15 @@ async def test_metrics_are_what_happened(served: Served) -> None:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="only /devices flushes the counts of the open round")
 async def test_the_open_rounds_traffic_is_in_status_and_metrics(served: Served) -> None:
     await served.get(f"{ROOT}/blocks/head/1", login("watch"))
     assert (await served.json(f"{ROOT}/status", OPERATOR))["bytes_down"] == 32
     assert (await served.metrics())["petalfl_block_bytes_total", "down"] == 32
 
 
-def test_the_example_is_what_the_tests_count_on() -> None:
-    assert np.array_equal(INITIAL["head"], np.linspace(-1, 1, 8, dtype=np.float32))
+async def test_aiohttp_warns_of_nothing(served: Served) -> None:
+    getattr(web_request.BaseRequest, "_seen_str_keys", set()).clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        await served.json(f"{ROOT}/session", login("watch"))
+    assert [str(one.message) for one in caught] == []
