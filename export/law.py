@@ -28,6 +28,7 @@ from petalfl.training import Masks, draw_masks
 from .model import BlockModel
 
 TOLERANCE = 1e-5  # largest error of a gradient, relative to its largest entry
+NUM_TRIES = 3
 
 
 class Batch(NamedTuple):
@@ -41,26 +42,46 @@ class Batch(NamedTuple):
 def check_one_step(model: BlockModel, folder: Path) -> None:
     """Compares training gradients and evaluation outputs of every block with PyTorch's.
 
+    A sum that nearly cancels may miss the tolerance by float32 rounding alone, on a rare batch;
+    a gradient that is wrong is wrong on all. So what misses it is tried on fresh batches, and
+    refused when it misses it on every one of `NUM_TRIES`.
+
     Raises:
         ModelError: One differs by more than `TOLERANCE`, or the runtime crashes on a block.
     """
+    suspects = _suspects(model, folder, seed=0)
+    for seed in range(1, NUM_TRIES):
+        if not suspects:
+            return
+        again = _suspects(model, folder, seed)
+        suspects = {key: again[key] for key in suspects if key in again}
+    for (subset, name), error in suspects.items():
+        raise ModelError(
+            f"{name}: the exported block differs from PyTorch's by {error:.1e} "
+            f"(limit {TOLERANCE:g}) with {' + '.join(subset)}; one of its layers cannot "
+            "be exported exactly"
+        )
+
+
+def _suspects(
+    model: BlockModel, folder: Path, seed: int
+) -> dict[tuple[tuple[str, ...], str], float]:
+    """What misses the tolerance: by modalities and name, its error."""
     manifest = ModelManifest.load(folder)
     subsets = dict.fromkeys([tuple(model.encoders), *((name,) for name in model.encoders)])
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     # Other lengths than the example's, so that a length taken from it does not go unnoticed.
     lengths = itertools.cycle((5, 1, 3))
     batches = [
         draw_batch(manifest, subset, length, rng)
         for subset, length in zip(subsets, lengths, strict=False)
     ]
-    for subset, errors in zip(subsets, one_step_errors(model, folder, batches), strict=True):
-        for name, error in errors.items():
-            if not error <= TOLERANCE:
-                raise ModelError(
-                    f"{name}: the exported block differs from PyTorch's by {error:.1e} "
-                    f"(limit {TOLERANCE:g}) with {' + '.join(subset)}; one of its layers cannot "
-                    "be exported exactly"
-                )
+    return {
+        (subset, name): error
+        for subset, errors in zip(subsets, one_step_errors(model, folder, batches), strict=True)
+        for name, error in errors.items()
+        if not error <= TOLERANCE
+    }
 
 
 def draw_batch(
