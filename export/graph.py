@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from petalfl.errors import ModelError
 from petalfl.model import Dropout
 
-OPSET = 17
+OPSET = 15  # later ones keep LayerNormalization whole, and it has no gradient then
 PARAMETERS, GRADIENT, UPSTREAM, LABELS, LOSS = "parameters", "gradient", "g", "labels", "loss"
 # Random inside the graph: its backward pass would draw other numbers than its forward pass.
 _RANDOM_OPS = {"Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
                "Bernoulli", "Multinomial"}  # fmt: skip
-_STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_STATEFUL = (nn.modules.batchnorm._BatchNorm,)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +151,20 @@ def _refuse_unsupported(name: str, module: nn.Module) -> None:
         if isinstance(layer, _STATEFUL):
             raise ModelError(
                 f"block {name}: layer {path} ({type(layer).__name__}) keeps running statistics, "
-                "which are not exported yet; use GroupNorm or LayerNorm"
+                "which are not exported yet; use LayerNorm"
             )
-    if not any(p.requires_grad for p in module.parameters()):
+        if isinstance(layer, _CONVOLUTIONS) and layer.groups > 1:
+            raise ModelError(
+                f"block {name}: layer {path} has groups={layer.groups}; onnxruntime-training's "
+                "gradient of a grouped convolution writes into its neighbors; use groups=1"
+            )
+    if not list(module.parameters()):
         raise ModelError(f"block {name}: it has no trainable parameter")
     for path, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raise ModelError(
+                f"block {name}: {path} is frozen (requires_grad=False), which is not exported yet"
+            )
         if parameter.dtype != torch.float32:
             raise ModelError(f"block {name}: {path} is {parameter.dtype}, expected torch.float32")
 
@@ -167,6 +177,9 @@ def _mask_dropouts(module: nn.Module) -> dict[str, _MaskedDropout]:
     }
     for path, layer in masked.items():
         module.set_submodule(path, layer)
+    for path, other in list(module.named_modules()):
+        if isinstance(other, nn.Dropout):  # of rate 0
+            module.set_submodule(path, nn.Identity())
     return masked
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from petalfl.training import Masks, draw_masks
 from .model import BlockModel
 
 TOLERANCE = 1e-5  # largest error of a gradient, relative to its largest entry
+COINCIDENCE = 1e-2  # a larger error is no rounding, nor a tie of a ReLU or maximum
 NUM_TRIES = 3
 
 
@@ -51,8 +52,8 @@ def check_one_step(model: BlockModel, folder: Path) -> None:
     """
     suspects = _suspects(model, folder, seed=0)
     for seed in range(1, NUM_TRIES):
-        if not suspects:
-            return
+        if not max(suspects.values(), default=np.nan) <= COINCIDENCE:
+            break  # nothing is wrong, or too much for chance
         again = _suspects(model, folder, seed)
         suspects = {key: again[key] for key in suspects if key in again}
     for (subset, name), error in suspects.items():
@@ -232,15 +233,21 @@ def _forward(model: BlockModel, batch: Batch) -> Tensor:
 @contextlib.contextmanager
 def _forced_dropout(held: Mapping[str, nn.Module], masks: Masks) -> Iterator[None]:
     """PyTorch's own dropout layers use the given masks instead of drawing theirs."""
-    hooks = [
-        module.get_submodule(name.removeprefix("mask.")).register_forward_hook(
-            lambda layer, args, output, mask=mask: args[0] * torch.from_numpy(mask)
-        )
+    layers = {
+        cast(nn.Dropout, module.get_submodule(name.removeprefix("mask."))): torch.from_numpy(mask)
         for block, module in held.items()
         for name, mask in masks[block].items()
+    }
+    was_inplace = [layer.inplace for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, output: args[0] * layers[layer])
+        for layer in layers
     ]
+    for layer in layers:
+        layer.inplace = False  # its input is wanted as it was
     try:
         yield
     finally:
-        for hook in hooks:
+        for layer, inplace, hook in zip(layers, was_inplace, hooks, strict=True):
+            layer.inplace = inplace
             hook.remove()

@@ -185,7 +185,7 @@ class Federation:
             self._count(device, block, num_bytes, 0)
 
     def on_bytes_down(self, device: str, block: str, num_bytes: int) -> None:
-        """Counts traffic of the open round, or of the last one after its end."""
+        """Counts traffic of the open round; between rounds, of the one to come."""
         self._count(device, block, 0, num_bytes)
 
     # Rounds
@@ -332,7 +332,8 @@ class Federation:
                 )
 
     def _count(self, device: str, block: str, up: int, down: int) -> None:
-        key = (self.round_num, device, block)
+        open_round = self.round.round_num if self.round else self._state.last_closed_round() + 1
+        key = (open_round, device, block)
         before = self._traffic.get(key, (0, 0))
         self._traffic[key] = (before[0] + up, before[1] + down)
 

@@ -36,6 +36,7 @@ from petalfl.vectors import Vector, from_bytes, to_bytes
 log = logging.getLogger("petalfl.client")
 T = TypeVar("T")
 BACKOFF_S = (0.5, 30.0)
+GOODBYE_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class EdgeClient:
         way stays in the outbox.
         """
         self._is_stopping.set()
-        if self._loop is not None and self._stopped is not None:
+        if self._loop is not None and self._stopped is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self) -> None:
@@ -238,11 +239,9 @@ class EdgeClient:
             await self._announce(transport)
             worker = asyncio.create_task(self._work(tasks, uplink, inputs, labels))
             await self._until_stopped(worker)
-            offline = wire.encode(wire.Status(is_online=False))
-            topic = topics.status(self._federation, self.device)
-            with contextlib.suppress(TransportError):
-                await transport.publish(topic, offline, retain=True)
-        finally:
+        finally:  # however it ends: no later round waits for this device
+            with contextlib.suppress(TransportError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._say_goodbye(transport), GOODBYE_TIMEOUT_S)
             await transport.close()
 
     async def _connect(self, session: Session, on_connect: Callable[[], None]) -> Transport:
@@ -268,6 +267,11 @@ class EdgeClient:
         await transport.publish(topic, online, retain=True)
         await transport.publish(topics.request(self._federation, self.device), ready, retain=True)
 
+    async def _say_goodbye(self, transport: Transport) -> None:
+        offline = wire.encode(wire.Status(is_online=False))
+        topic = topics.status(self._federation, self.device)
+        await transport.publish(topic, offline, retain=True)
+
     async def _until_stopped(self, worker: asyncio.Task[None]) -> None:
         assert self._stopped is not None
         stopped = asyncio.create_task(self._stopped.wait())
@@ -276,6 +280,7 @@ class EdgeClient:
             if worker.done() and not self._stopped.is_set():
                 worker.result()
         finally:
+            self._is_stopping.set()  # training gives way within a batch
             stopped.cancel()
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError, PetalError, _Stopped):

@@ -36,7 +36,10 @@ def check_labels(
     Raises:
         DataError: A wrong shape, dtype, length or class.
     """
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:  # lists of unequal lengths
+        raise DataError(f"labels: found no array: {error}") from error
     if array.shape != (num_examples,) or array.dtype.kind not in "iu":
         raise DataError(
             f"labels: found {array.dtype} {array.shape}, expected integers ({num_examples},)"
@@ -55,13 +58,17 @@ def _check_input(manifest: ModelManifest, name: str, value: ArrayLike) -> NDArra
         raise DataError(
             f"unknown modality {name!r}, the model has {', '.join(manifest.modalities)}"
         )
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise DataError(f"modality {name}: found no array: {error}") from error
     if array.shape[1:] != modality.shape or array.ndim == 0:
         expected = ", ".join(map(str, ("n", *modality.shape)))
         raise DataError(f"modality {name}: found shape {array.shape}, expected ({expected})")
     if array.dtype.kind not in "fiu":
         raise DataError(f"modality {name}: found {array.dtype}, expected numbers")
-    array = np.ascontiguousarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what overflows is found to be infinite
+        array = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
         raise DataError(f"modality {name}: example {bad} holds NaN or infinity")

@@ -28,7 +28,11 @@ class HttpClient:
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            is_port = parts.port != 0
+        except ValueError:
+            is_port = False
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_port:
             raise ValueError(f"found the server URL {url!r}, expected http(s)://host:port")
         self._url = url.rstrip("/")
         self._authorization = ""
@@ -63,11 +67,11 @@ class HttpClient:
         headers = {"Authorization": self._authorization, "Content-Type": "application/json"}
         request = urllib.request.Request(self._url + path, body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                 data: bytes = response.read(max_bytes + 1)
+                num_missing = response.length or 0
         except urllib.error.HTTPError as error:
-            with error:
-                reason = error.read(500).decode(errors="replace").strip()
+            reason = _read_reason(error)
             refused = error.code in (400, 401, 403, 409)
             kind = EnrollError if refused else TransportError
             raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
@@ -76,7 +80,27 @@ class HttpClient:
             raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
         if len(data) > max_bytes:
             raise TransportError(f"{self._url}{path} sends more than the {max_bytes} bytes due")
+        if num_missing:
+            raise TransportError(f"{self._url}{path} hung up with {num_missing} bytes to go")
         return data
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would carry the credential to another server."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """Follows none."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _read_reason(error: urllib.error.HTTPError) -> str:
+    try:
+        with error:
+            return error.read(500).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _parse(data: bytes) -> Any:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class MqttTransport:
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.on_connect = self._connected
-        client.on_disconnect = lambda *_: self._lost.set()
+        client.on_disconnect = self._disconnected
         client.on_message = lambda c, u, m: dispatch(self._handlers, m.topic, bytes(m.payload))
         client.on_publish = lambda c, u, mid, code, p: self._resolve("publish", mid, None)
         client.on_subscribe = lambda c, u, mid, codes, p: self._resolve("subscribe", mid, codes)
@@ -132,9 +133,11 @@ class MqttTransport:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
         self._client.disconnect()
-        for _ in range(100):  # paho closes the socket once the event loop has written the goodbye
+        for _ in range(100):  # paho closes the socket once the goodbye is written
             if self._socket is None:
                 break
+            if not self._is_registered:
+                self._client.loop_write()
             await asyncio.sleep(0.01)
         if self._misc_timer is not None:
             self._misc_timer.cancel()
@@ -144,17 +147,20 @@ class MqttTransport:
         self._connack = loop.create_future()
         self._lost.clear()
         host, port = self._endpoint.host, self._endpoint.port
+        self._unregister()
         try:
-            await asyncio.to_thread(self._client.connect, host, port, KEEPALIVE_S)
+            await _on_thread(self._client.connect, host, port, KEEPALIVE_S)
             self._register()
             code = await asyncio.wait_for(self._connack, self._timeout_s)
-        except (OSError, ValueError) as error:
-            raise TransportError(f"no broker answers at {self._endpoint}: {error}") from error
-        except asyncio.TimeoutError as error:
+        except asyncio.TimeoutError as error:  # an OSError too, on newer Pythons
+            self._hang_up()
             raise TransportError(
                 f"{self._endpoint} accepted the connection but sent no CONNACK "
                 f"in {self._timeout_s:g} s; is it an MQTT broker?"
             ) from error
+        except (OSError, ValueError) as error:
+            _close_leftovers(error)
+            raise TransportError(f"no broker answers at {self._endpoint}: {error}") from error
         if code.is_failure:
             raise TransportError(f"{self._endpoint} refuses the login: {code}")
         self._misc()
@@ -172,7 +178,10 @@ class MqttTransport:
             log.info("connected to %s again", self._endpoint)
             for topic_filter in self._handlers:
                 self._client.subscribe(topic_filter, qos=1)
-            self._on_reconnect()
+            try:
+                self._on_reconnect()
+            except Exception:
+                log.exception("the on_connect callback failed")
 
     async def _wait_for(self, kind: str, mid: int, complaint: str) -> Any:
         future = asyncio.get_running_loop().create_future()
@@ -188,6 +197,16 @@ class MqttTransport:
         future = self._waiting.get((kind, mid))
         if future is not None and not future.done():
             future.set_result(result)
+
+    def _disconnected(self, c: object, u: object, f: object, code: object, p: object) -> None:
+        self._lost.set()
+        if self._connack is not None and not self._connack.done():
+            self._connack.set_exception(OSError("the connection was closed before a CONNACK"))
+
+    def _hang_up(self) -> None:
+        """Ends a connection that led nowhere; paho closes its socket once that is written."""
+        self._client.disconnect()
+        self._client.loop_write()
 
     def _connected(self, c: object, u: object, f: object, code: ReasonCode, p: object) -> None:
         if self._connack is not None and not self._connack.done():
@@ -206,12 +225,15 @@ class MqttTransport:
             self._want_write(self._wants_write)
 
     def _socket_closed(self, c: object, u: object, closed: Any) -> None:
-        if self._is_registered:
-            self._is_registered = False
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(closed)
-            loop.remove_writer(closed)
+        self._unregister()
         self._socket = None
+
+    def _unregister(self) -> None:
+        if self._is_registered and self._socket is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._socket)
+            loop.remove_writer(self._socket)
+        self._is_registered = False
 
     def _want_write(self, wants_write: bool) -> None:
         self._wants_write = wants_write
@@ -234,3 +256,22 @@ class MqttTransport:
         if self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:
             loop = asyncio.get_running_loop()
             self._misc_timer = loop.call_later(MISC_INTERVAL_S, self._misc)
+
+
+def _close_leftovers(error: Exception) -> None:
+    """Closes the socket of a failed TLS handshake, which paho leaves to the garbage collector."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        leftover = frame.f_locals.get("ssl_sock")
+        if isinstance(leftover, ssl.SSLSocket):
+            leftover.close()
+
+
+async def _on_thread(function: Callable[..., Any], *arguments: Any) -> None:
+    """Like `asyncio.to_thread`, but when cancelled it waits for the thread's end."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            await work
+        raise

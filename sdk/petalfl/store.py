@@ -88,21 +88,29 @@ class DeviceStore:
 
     def close(self) -> None:
         """Lets another process open the folder."""
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def read_identity(self) -> Identity | None:
         """Who this device is; None before its first enrollment."""
         path = self.folder / "identity.json"
-        if not path.exists():
+        data = self._read(path)
+        if data is None:
             return None
         try:
-            return read(Identity, json.loads(path.read_bytes()))
-        except ValueError as error:
+            value = json.loads(data)
+            identity = read(Identity, value.pop("identity") if isinstance(value, dict) else value)
+        except (KeyError, ValueError) as error:
             raise StoreError(f"{path} is damaged: {error}") from error
+        if value != {"sha256": _checksum(identity)}:
+            raise StoreError(f"{path} is damaged: its checksum is wrong")
+        return identity
 
     def write_identity(self, identity: Identity) -> None:
         """Keeps the credential; the file is readable by its owner alone."""
-        self._write("identity.json", json.dumps(plain(identity), indent=1).encode())
+        value = {"identity": plain(identity), "sha256": _checksum(identity)}
+        self._write("identity.json", json.dumps(value, indent=1).encode())
 
     def read_state(self) -> State:
         """The state; an empty one before the first round."""
@@ -122,19 +130,22 @@ class DeviceStore:
 
     def read_file(self, path: str) -> bytes | None:
         """An artifact's bytes, None when it is not there."""
-        file = self.artifacts / path
-        return file.read_bytes() if file.exists() else None
+        return self._read(self.artifacts / path)
 
     def write_file(self, path: str, data: bytes) -> None:
         """Keeps an artifact; ``path`` was checked when the manifest was read."""
-        (self.artifacts / path).parent.mkdir(exist_ok=True)
+        folder = (self.artifacts / path).parent
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {folder}: {error}") from error
         self._write(f"artifacts/{path}", data)
 
     def _read_checked(self, name: str, cls: type[T]) -> T | None:
         path = self.folder / name
-        if not path.exists():
+        data = self._read(path)
+        if data is None:
             return None
-        data = path.read_bytes()
         digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != digest:
             raise StoreError(f"{path} is damaged: its checksum is wrong; restore or delete it")
@@ -142,6 +153,14 @@ class DeviceStore:
             return read(cls, msgpack.unpackb(body, max_bin_len=4 * MAX_BLOCK_SIZE))
         except ValueError as error:
             raise StoreError(f"{path} is not readable by this version: {error}") from error
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error}") from error
 
     def _write_checked(self, name: str, value: Any) -> None:
         body = msgpack.packb(plain(value))
@@ -152,3 +171,7 @@ class DeviceStore:
             write_atomic(self.folder / name, data)
         except OSError as error:
             raise StoreError(f"cannot write {self.folder / name}: {error}") from error
+
+
+def _checksum(identity: Identity) -> str:
+    return hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()

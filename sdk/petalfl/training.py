@@ -94,6 +94,11 @@ def train(
             )
         losses.append(loss)
         on_batch(done + 1, len(batches))
+    if not all(np.isfinite(vector).all() for vector in current.values()):
+        raise DataError(
+            "training diverged: a parameter is NaN or infinite; "
+            f"lower the learning rate (now {hyperparameters.learning_rate:g})"
+        )
     return TrainingResult(current, len(labels), float(np.mean(losses)))
 
 

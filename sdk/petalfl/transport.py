@@ -67,8 +67,10 @@ class MemoryBroker:
         return transport
 
     def _publish(self, topic: str, payload: bytes, retain: bool) -> None:
-        if retain:
+        if retain and payload:
             self._retained[topic] = payload
+        elif retain:
+            self._retained.pop(topic, None)
         for transport in self._transports:
             transport._deliver(topic, payload)
 
@@ -94,8 +96,13 @@ class MemoryTransport:
     async def close(self) -> None:
         """See `Transport.close`."""
         self._handlers.clear()
-        self._broker._transports.remove(self)
+        if self in self._broker._transports:
+            self._broker._transports.remove(self)
 
     def _deliver(self, topic: str, payload: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_soon(lambda: dispatch(self._handlers, topic, payload))
+        handlers = dict(self._handlers)  # those of now: nobody gets what came before
+        asyncio.get_running_loop().call_soon(self._dispatch, handlers, topic, payload)
+
+    def _dispatch(self, handlers: dict[str, Handler], topic: str, payload: bytes) -> None:
+        if self._handlers:  # not closed since
+            dispatch(handlers, topic, payload)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -32,7 +33,6 @@ ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 RUN_TIMEOUT_S = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -73,7 +73,6 @@ class Server:
                 stderr=log,
                 cwd=ROOT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         give_up_s = time.monotonic() + START_TIMEOUT_S
         while not runtime_file.exists():
@@ -85,17 +84,19 @@ class Server:
         self.url, self.token = runtime["url"], runtime["token"]
 
     def stop(self, sign: signal.Signals = signal.SIGINT) -> int:
-        """Sends a signal and waits; the exit code."""
+        """Sends a signal and waits for its end and its children's; the exit code."""
         process = self._process
         assert process is not None
         if process.poll() is None:
             process.send_signal(sign)
         try:
-            return process.wait(STOP_TIMEOUT_S)
+            code = process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             raise
+        wait_for_session(process.pid)
+        return code
 
     def get(self, what: str, authorization: str = "") -> Any:
         """The JSON at ``/v1/default/{what}``, as the operator sees it unless told otherwise."""
@@ -136,8 +137,19 @@ def running_server(artifacts: Path, data_dir: Path, *arguments: str) -> Iterator
             server.stop()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def wait_for_session(leader: int, timeout_s: float = 5) -> None:
+    """Waits until no process is left of those that a session's leader has started."""
+    give_up_s = time.monotonic() + timeout_s
+    while left := [pid for pid in psutil.pids() if _is_of_session(pid, leader)]:
+        assert time.monotonic() < give_up_s, f"processes {left} outlive {leader}"
+        time.sleep(0.02)
+
+
+def _is_of_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +198,10 @@ async def take_part(clients: Sequence[EdgeClient]) -> None:
         await asyncio.wait(runs, timeout=10)
 
 
-SCHEME = ("--scheme", "phf", "--min-devices", "3", "--seed", "7", "--log-level", "warning")
+SCHEME = (
+    "--scheme", "phf", "--min-devices", "3", "--seed", "7", "--log-level", "warning",
+    "--batch-size", "4", "--epochs", "3", "--learning-rate", "0.05", "--schedule", "constant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

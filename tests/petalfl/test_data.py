@@ -103,7 +103,7 @@ def test_ragged_lists() -> None:
     with pytest.raises(DataError, match="acc"):
         check_inputs(MANIFEST, {"acc": [[[1.0] * 4] * 3, [[1.0] * 4] * 2]})
     with pytest.raises(DataError, match="labels"):
-        check_labels(MANIFEST, [[0], [0, 1]], 2)  # type: ignore[arg-type, list-item]
+        check_labels(MANIFEST, [[0], [0, 1]], 2)
 
 
 def test_a_value_beyond_float32() -> None:

@@ -113,7 +113,8 @@ def test_threads_do_not_mix_their_clients_up(
 ) -> None:
     block, engine = manifest.block("head"), OrtTrainingEngine(small_artifacts)
     mask = np.ones((5, 8), np.float32)
-    fed = {"fusion": draw(5, 6), block.dropouts[0].name: mask, "labels": np.arange(5) % 3}
+    fed: dict[str, NDArray[Any]] = {"fusion": draw(5, 6), block.dropouts[0].name: mask}
+    fed["labels"] = np.arange(5) % 3
     clients = [draw(83, seed=i) for i in range(8)]
     alone = [engine.backward(block, parameters, fed).parameters for parameters in clients]
     wrong: list[int] = []

@@ -14,7 +14,7 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
     for data in (b"old", b"", bytes(range(256)) * 1000):
         write_atomic(path, data)
         assert path.read_bytes() == data
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
@@ -32,9 +32,7 @@ def test_private_unless_told_otherwise(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
-def test_data_is_on_disk_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order that a power cut asks for: data, fsync, rename, fsync of the folder."""
     steps = []
     fsync, replace = os.fsync, Path.replace
@@ -70,7 +68,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(
     assert path.read_bytes() == b"old"
     write_atomic(path, b"newer")  # what the crash left behind is in nobody's way
     assert path.read_bytes() == b"newer"
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import threading
@@ -116,7 +117,7 @@ def test_failed(site: Site, status: int) -> None:
 
 def test_failed_without_a_word(site: Site) -> None:
     site.answer("/x", 503)
-    with pytest.raises(TransportError, match="503 Service Unavailable$"):
+    with pytest.raises(TransportError, match=r"503 Service Unavailable$"):
         HttpClient(site.url).get("/x", 10)
 
 
@@ -176,7 +177,6 @@ ODD_ANSWERS = {
     "length that is no number": b"HTTP/1.1 200 OK\r\nContent-Length: x\r\nX-: \r\n",
     "broken chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "failure cut short": b"HTTP/1.1 500 No\r\nContent-Length: 9\r\n\r\nhalf",
-    "failure in broken chunks": b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
 }
 
 
@@ -186,10 +186,16 @@ def test_odd_answers(answer: bytes) -> None:
         HttpClient(url).get_json("/x")
 
 
+def test_a_failure_in_broken_chunks() -> None:
+    answer = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    with raw_server(answer) as url, pytest.raises(TransportError, match="500"):
+        HttpClient(url).get_json("/x")
+
+
 def test_a_body_cut_short() -> None:
-    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf") as url:
-        with pytest.raises(TransportError):
-            HttpClient(url).get("/x", 100)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"
+    with raw_server(answer) as url, pytest.raises(TransportError):
+        HttpClient(url).get("/x", 100)
 
 
 def test_a_credential_stays_with_its_server(site: Site) -> None:
@@ -200,10 +206,8 @@ def test_a_credential_stays_with_its_server(site: Site) -> None:
         site.answer("/x", 302, Location=f"{other.url}/y")
         client = HttpClient(site.url)
         client.use_login("dev-1", "secret")
-        try:
+        with contextlib.suppress(PetalError):
             client.get("/x", 10)
-        except PetalError:
-            pass
         assert [authorization for _, _, authorization, _ in other.requests if authorization] == []
     finally:
         other.close()

@@ -128,9 +128,7 @@ def test_before_the_first_download(small_artifacts: Path, inputs: Inputs) -> Non
         ({"a": np.full((1, 5), np.nan)}, "NaN"),
     ],
 )
-def test_bad_inputs(
-    model: LocalModel, given: dict[str, NDArray[np.float64]], message: str
-) -> None:
+def test_bad_inputs(model: LocalModel, given: dict[str, NDArray[np.float64]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         model.predict_proba(given)
 

@@ -15,8 +15,10 @@ from petalfl.errors import StoreError
 from petalfl.store import DeviceStore, Identity, Outgoing, Shared, State
 
 IDENTITY = Identity("default", "dev-1", "p" * 43, ("fusion", "head"))
-STATE = State(7, {"head": b"\0\1\2\3" * 5, "fusion": b""}, (Outgoing(b"m", b"12"), Outgoing(b"", b"")))
-SHARED = Shared({"encoder-acc": 8}, {"encoder-acc": bytes(range(256))})
+STATE = State(
+    7, {"head": b"\0\1\2\3" * 5, "fusion": b""}, (Outgoing(b"m", b"12"), Outgoing(b"", b""))
+)
+SHARED = Shared({"encoder-acc": 8}, {"encoder-acc": bytes(range(40))})
 
 
 @pytest.fixture
@@ -93,11 +95,11 @@ def test_closed_it_is_free(tmp_path: Path) -> None:
 
 
 def test_a_refused_open_leaks_nothing(store: DeviceStore) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = sorted(Path("/proc/self/fd").iterdir())
     for _ in range(3):
         with pytest.raises(StoreError):
             DeviceStore(store.folder)
-    assert os.listdir("/proc/self/fd") == before
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_closing_twice_closes_nothing_of_others(tmp_path: Path) -> None:
@@ -121,13 +123,12 @@ def damaged(data: bytes) -> Iterator[bytes]:
 
 
 CHECKED: list[Any] = [
-    pytest.param("state.msgpack", lambda s: s.write_state(STATE), DeviceStore.read_state, id="state"),
-    pytest.param("shared.msgpack", lambda s: s.write_shared(SHARED), DeviceStore.read_shared,
-                 id="shared"),
-]  # fmt: skip
+    ("state.msgpack", lambda s: s.write_state(STATE), DeviceStore.read_state),
+    ("shared.msgpack", lambda s: s.write_shared(SHARED), DeviceStore.read_shared),
+]
 
 
-@pytest.mark.parametrize(("name", "write", "read"), CHECKED)
+@pytest.mark.parametrize(("name", "write", "read"), CHECKED, ids=["state", "shared"])
 def test_damage_is_noticed(
     store: DeviceStore,
     name: str,
@@ -146,7 +147,7 @@ def test_damage_is_noticed(
         read(store)
 
 
-@pytest.mark.parametrize(("name", "write", "read"), CHECKED)
+@pytest.mark.parametrize(("name", "write", "read"), CHECKED, ids=["state", "shared"])
 def test_well_kept_but_of_another_version(
     store: DeviceStore,
     name: str,
@@ -257,7 +258,7 @@ def test_full_disk(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(StoreError, match="cannot write .*No space left on device"):
+    with pytest.raises(StoreError, match=r"cannot write .*No space left on device"):
         write(store)
     assert store.read_state() == STATE
 

@@ -235,6 +235,25 @@ def test_divergence_of_a_real_model(
         train(spy, manifest, parameters, inputs, labels, hyperparameters, np.random.default_rng(0))
 
 
+def test_divergence_in_the_last_step(
+    manifest: ModelManifest, parameters: Mapping[str, Vector]
+) -> None:
+    """What is not finite must neither be kept as a private block nor be sent."""
+
+    class Exploding(Fake):
+        def backward(self, block: Block, parameters: Vector, inputs: Arrays) -> Gradients:
+            return (
+                super()
+                .backward(block, parameters, inputs)
+                ._replace(parameters=np.full_like(parameters, np.inf))
+            )
+
+    inputs, labels = data(4)
+    with pytest.raises(DataError, match="diverged"):
+        train(Exploding([1.0]), manifest, parameters, inputs, labels, Hyperparameters(0.1),
+              np.random.default_rng(0))  # fmt: skip
+
+
 def test_unknown_and_no_modalities(
     spy: Spy, manifest: ModelManifest, parameters: Mapping[str, Vector]
 ) -> None:

@@ -196,10 +196,12 @@ async def test_a_receipt_that_comes_twice(rig: Rig) -> None:
 class Flaky:
     """A transport that counts what is under way, and fails where it is told to."""
 
-    def __init__(self, inner: MemoryTransport, *failures: int) -> None:
+    def __init__(self, inner: MemoryTransport, *failures: int, delay_s: float = 0.001) -> None:
         self._inner = inner
         self._failures = set(failures)
+        self._delay_s = delay_s
         self.num_published = self.num_chunks = self.most_chunks = 0
+        self.is_overtaken = False  # a manifest or fin left while chunks were under way
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         self.num_published += 1
@@ -208,10 +210,9 @@ class Flaky:
         is_chunk = isinstance(wire.decode(payload), Chunk)
         self.num_chunks += is_chunk
         self.most_chunks = max(self.most_chunks, self.num_chunks)
-        await asyncio.sleep(0.001)
+        self.is_overtaken |= not is_chunk and self.num_chunks > 0
+        await asyncio.sleep(self._delay_s)
         self.num_chunks -= is_chunk
-        if not is_chunk:
-            assert self.num_chunks == 0, "manifest and fin do not overtake chunks"
         await self._inner.publish(topic, payload, retain=retain)
 
     async def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -226,6 +227,7 @@ async def test_never_more_than_a_window_of_chunks_under_way(rig: Rig) -> None:
     rig.uplink = Uplink(flaky, "f", "dev-1")
     server, _ = await rig.deliver(UPDATE, ACCEPTED)
     assert flaky.most_chunks == uplink.WINDOW == 8
+    assert not flaky.is_overtaken
     assert server.payload == PAYLOAD
 
 
@@ -251,6 +253,16 @@ async def test_a_publish_that_fails_is_tried_again(rig: Rig, failure: int) -> No
     assert server.payload == PAYLOAD
 
 
+@pytest.mark.xfail(strict=True, reason="gather lets the other chunks of a failed attempt go on")
+async def test_a_failed_attempt_leaves_no_chunk_under_way(rig: Rig) -> None:
+    """The next one must not compete with it for the window."""
+    flaky = Flaky(rig.device, 2, delay_s=0.03)
+    rig.uplink = Uplink(flaky, "f", "dev-1")
+    await rig.deliver(UPDATE, missing(*ALL), ACCEPTED)
+    assert flaky.most_chunks <= uplink.WINDOW
+    assert not flaky.is_overtaken
+
+
 async def test_cancelled_it_lets_go(rig: Rig) -> None:
     delivery = asyncio.create_task(rig.uplink.deliver(UPDATE))
     await asyncio.sleep(0.02)
@@ -263,7 +275,9 @@ async def test_cancelled_it_lets_go(rig: Rig) -> None:
 async def test_two_updates_at_once(rig: Rig) -> None:
     """Receipts are told apart by update_id."""
     other_id = b"o" * 16
-    other = UpdateManifest(other_id, "head", 3, 3, 10, "f32", 4, hashlib.sha256(b"1234").hexdigest())
+    other = UpdateManifest(
+        other_id, "head", 3, 3, 10, "f32", 4, hashlib.sha256(b"1234").hexdigest()
+    )
     seen: Counter[bytes] = Counter()
 
     def answer(topic: str, payload: bytes) -> None:
@@ -274,7 +288,10 @@ async def test_two_updates_at_once(rig: Rig) -> None:
 
     server = rig.broker.connect()
     await server.subscribe("fl/v1/f/blocks/+/up/+", answer)
-    deliveries = rig.uplink.deliver(UPDATE), rig.uplink.deliver(Outgoing(wire.encode(other), b"1234"))
+    deliveries = (
+        rig.uplink.deliver(UPDATE),
+        rig.uplink.deliver(Outgoing(wire.encode(other), b"1234")),
+    )
     first, second = await asyncio.wait_for(asyncio.gather(*deliveries), 5)
     assert (first.status, second.status) == ("accepted", "rejected")
     assert seen == {ID: 1, other_id: 1}

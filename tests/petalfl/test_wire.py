@@ -183,7 +183,8 @@ def test_thousands_of_mutations() -> None:
     valid = [
         encode(message)
         for message in (
-            Status(True), Ready(("acc", "gyro")), Chunk(ID, 0, b"data"), Fin(ID), Report(ID, 1, 1, 0.5), Receipt(ID, "accepted"),
+            Status(True), Ready(("acc", "gyro")), Chunk(ID, 0, b"data"), Fin(ID),
+            Report(ID, 1, 1, 0.5), Receipt(ID, "accepted"),
             UpdateManifest(ID, "head", 1, 1, 1, "f32", 4, sha),
             BlockVersion(1, sha), Finish({"head": BlockVersion(1, sha)}),
             Task(1, 0, Hyperparameters(0.1), 0, {"head": BlockVersion(1, sha)}),

@@ -1,0 +1,247 @@
+"""Power cuts, kill -9 and Ctrl-C, with real processes: nothing is lost, nothing counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from petalfl import RoundInfo
+from petalfl.store import DeviceStore, State
+from tests.integration.harness import (
+    ROOT,
+    SCHEME,
+    Outcome,
+    Server,
+    read_outcome,
+    running_server,
+    take_part,
+    three_devices,
+    wait_for_session,
+)
+
+ONE_DEVICE = ("--rounds", "2", *SCHEME, "--min-devices", "1", "--epochs", "1")
+
+
+@pytest.fixture(autouse=True)
+def is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mqtt", "uplink", "client"):
+        monkeypatch.setattr(f"petalfl.{module}.BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr("petalfl.uplink.RECEIPT_TIMEOUT_S", 1)
+
+
+@pytest.mark.parametrize(
+    ("sign", "when"),
+    [
+        pytest.param(signal.SIGINT, "while it is down", id="SIGINT"),
+        pytest.param(signal.SIGKILL, "while it is down", id="SIGKILL"),
+        pytest.param(signal.SIGKILL, "when it is back", id="SIGKILL, others wait"),
+    ],
+)
+def test_a_server_that_stops_amid_a_round_goes_on(
+    watch_artifacts: Path,
+    tmp_path: Path,
+    undisturbed: Outcome,
+    sign: signal.Signals,
+    when: str,
+) -> None:
+    """One device has its receipts, two are training; they deliver as soon as they can."""
+    is_free = threading.Event()
+    num_held = 0
+    trained: dict[str, list[int]] = {member.name: [] for member in three_devices()}
+
+    def on_round(device: str, info: RoundInfo) -> None:
+        nonlocal num_held
+        trained[device].append(info.round_num)
+        if info.round_num == 2 and device != "acc-only":
+            num_held += 1
+            assert is_free.wait(30)
+
+    async def scenario(server: Server) -> None:
+        with ExitStack() as stack:
+            clients = [
+                stack.enter_context(
+                    member.client(
+                        server, tmp_path, on_round=lambda i, d=member.name: on_round(d, i)
+                    )
+                )
+                for member in three_devices()
+            ]
+            running = asyncio.create_task(take_part(clients))
+            try:
+                await server.until(
+                    lambda s: s["round_num"] == 2 and s["num_reports"] == 1 and num_held == 2,
+                    "one report of round 2",
+                )
+                await asyncio.to_thread(server.stop, sign)
+                rows = server.query("SELECT device, delta IS NULL FROM updates WHERE round_num = 2")
+                assert rows == [("acc-only", 0)]
+                assert server.query("SELECT device FROM reports WHERE round_num = 2") == [
+                    ("acc-only",)
+                ]
+                if when == "while it is down":
+                    is_free.set()
+                    await asyncio.sleep(1)
+                await asyncio.to_thread(server.start)
+                is_free.set()
+                await running
+            finally:
+                is_free.set()
+                running.cancel()
+                await asyncio.wait([running])
+
+    arguments = ("--rounds", "3", *SCHEME)
+    with running_server(watch_artifacts, tmp_path / "server", *arguments) as server:
+        asyncio.run(scenario(server))
+        outcome = read_outcome(watch_artifacts, server, tmp_path)
+        assert_one_update_each(server, num_rounds=3, holders={"encoder-acc": 2, "encoder-gyro": 2})
+        assert server.query("SELECT round_num, COUNT(*) FROM reports GROUP BY round_num") == [
+            (1, 3), (2, 3), (3, 3),
+        ]  # fmt: skip
+    assert all(rounds == [1, 2, 3] for rounds in trained.values()), trained
+    outcome.assert_close(undisturbed)  # measured difference: 0
+
+
+def assert_one_update_each(server: Server, num_rounds: int, holders: dict[str, int]) -> None:
+    rows = server.query(
+        "SELECT round_num, block, COUNT(*), COUNT(DISTINCT device) FROM updates "
+        "GROUP BY round_num, block ORDER BY round_num, block"
+    )
+    assert rows == [
+        (round_num, block, count, count)
+        for round_num in range(1, num_rounds + 1)
+        for block, count in holders.items()
+    ]
+    versions = server.query("SELECT block, MAX(version) FROM versions GROUP BY block")
+    assert dict(versions) == {**dict(versions), **dict.fromkeys(holders, num_rounds + 1)}
+
+
+@contextmanager
+def device_process(server: Server, store: Path, point: str) -> Iterator[subprocess.Popen[str]]:
+    """The accelerometer's device, in a session of its own; killed at the end if need be."""
+    command = [sys.executable, "-m", "tests.integration.device_process", server.url, server.token]
+    with subprocess.Popen(
+        [*command, str(store), point],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until_here(process: subprocess.Popen[str]) -> list[str]:
+    """What it prints before it hangs; all of it, if it ends."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        if line == "here\n":
+            return lines
+        lines.append(line.strip())
+    return lines
+
+
+@pytest.mark.parametrize("point", ["Chunk 3", "Report 1"])
+def test_a_device_killed_after_training_delivers_its_outbox(
+    watch_artifacts: Path, tmp_path: Path, point: str
+) -> None:
+    store = tmp_path / "store"
+    with running_server(watch_artifacts, tmp_path / "server", *ONE_DEVICE) as server:
+        with device_process(server, store, point) as process:
+            assert read_until_here(process) == ["round 1"]
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        state = left_in(store)
+        assert state.round_num == 1
+        assert len(state.outbox) == 2  # the update and the report
+        assert server.get("status")["round_num"] == 1
+        with device_process(server, store, "none") as process:
+            assert read_until_here(process) == ["round 2"]  # round 1 is not trained again
+            assert process.wait() == 0
+        assert server.get("status")["is_finished"]
+        assert_one_update_each(server, num_rounds=2, holders={"encoder-acc": 1})
+
+
+def test_a_device_killed_before_it_notes_its_receipts(
+    watch_artifacts: Path, tmp_path: Path
+) -> None:
+    """The server has closed the round by then: what is still in the outbox harms nobody."""
+    store = tmp_path / "store"
+    with running_server(watch_artifacts, tmp_path / "server", *ONE_DEVICE) as server:
+        with device_process(server, store, "noted") as process:
+            assert read_until_here(process) == ["round 1"]
+            process.kill()
+        with device_process(server, store, "none") as process:
+            assert read_until_here(process) == ["round 2"]
+            assert process.wait() == 0
+        assert_one_update_each(server, num_rounds=2, holders={"encoder-acc": 1})
+
+
+def test_a_device_killed_amid_training_trains_again(watch_artifacts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with running_server(watch_artifacts, tmp_path / "server", *ONE_DEVICE) as server:
+        with device_process(server, store, "training") as process:
+            assert read_until_here(process) == ["round 1"]
+            process.kill()
+        with device_process(server, store, "none") as process:
+            assert read_until_here(process) == ["round 1", "round 2"]
+            assert process.wait() == 0
+        assert_one_update_each(server, num_rounds=2, holders={"encoder-acc": 1})
+
+
+# Ctrl-C reaches every process of a terminal's foreground group at once.
+
+
+def test_ctrl_c_ends_server_and_broker(watch_artifacts: Path, tmp_path: Path) -> None:
+    with running_server(watch_artifacts, tmp_path / "server", *SCHEME) as server:
+        group = os.getpgid(server.pid)
+        assert group == server.pid
+        os.killpg(group, signal.SIGINT)
+        assert server.stop() == 0
+        wait_for_session(group, 0.1)
+        assert "the state is kept in" in server.log
+        assert "Traceback" not in server.log
+        assert not (server.data_dir / "server.json").exists()
+
+
+def test_sigterm_is_as_good(watch_artifacts: Path, tmp_path: Path) -> None:
+    with running_server(watch_artifacts, tmp_path / "server", *SCHEME) as server:
+        assert server.stop(signal.SIGTERM) == 0
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("point", ["training", "Chunk 3"])
+def test_ctrl_c_ends_a_device(watch_artifacts: Path, tmp_path: Path, point: str) -> None:
+    with (
+        running_server(watch_artifacts, tmp_path / "server", *ONE_DEVICE) as server,
+        device_process(server, tmp_path / "store", point) as process,
+    ):
+        assert read_until_here(process) == ["round 1"]
+        started_s = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) in (-signal.SIGINT, 1, 130)
+        assert time.monotonic() - started_s < 5
+        wait_for_session(process.pid)
+    assert left_in(tmp_path / "store").round_num == (0 if point == "training" else 1)
+
+
+def left_in(folder: Path) -> State:
+    """What a device has left in its store; that it opens says that nobody holds it."""
+    store = DeviceStore(folder)
+    try:
+        return store.read_state()
+    finally:
+        store.close()
