@@ -82,5 +82,11 @@ class Uplink:
             async with window:
                 await self._transport.publish(topic, wire.encode(chunk))
 
-        await asyncio.gather(*map(send_chunk, chunks))
+        sending = [asyncio.create_task(send_chunk(chunk)) for chunk in chunks]
+        try:
+            await asyncio.gather(*sending)
+        finally:  # of a failed attempt, nothing stays under way
+            for task in sending:
+                task.cancel()
+            await asyncio.gather(*sending, return_exceptions=True)
         await self._transport.publish(topic, wire.encode(wire.Fin(message.update_id)))

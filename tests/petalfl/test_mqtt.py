@@ -85,6 +85,7 @@ class Cable:
         self.num_connections = 0
         self.is_mute = False
         self.num_stalled = 0
+        self.num_bytes, self.cut_after_bytes = 0, 1 << 62
         self.is_flowing = asyncio.Event()  # when not, what comes is kept and then sent as one
         self.is_flowing.set()
         self._tls = tls
@@ -145,6 +146,10 @@ class Cable:
                 if number > self.num_stalled:
                     sink.write(data)
                     await sink.drain()
+                self.num_bytes += len(data)
+                if self.num_bytes > self.cut_after_bytes:
+                    self.cut_after_bytes = 1 << 62
+                    self.cut()
         except (OSError, asyncio.CancelledError):
             pass
         if number > self.num_stalled:
@@ -337,11 +342,9 @@ async def test_a_break_amid_large_messages_loses_none(connect: Opener, cable: Ca
     device = await connect(port=cable.port)
     topic = "fl/v1/f/blocks/head/up/dev-1"
     sent = [bytes([i]) * CHUNK for i in range(60)]
-    publishing = [asyncio.create_task(device.publish(topic, payload)) for payload in sent]
-    await until(lambda: len(inbox.messages) > 5, "the first messages")
-    cable.cut()
-    await asyncio.gather(*publishing)
-    assert cable.num_connections == 2
+    cable.cut_after_bytes = cable.num_bytes + 10 * CHUNK
+    await asyncio.gather(*(device.publish(topic, payload) for payload in sent))
+    await until(lambda: cable.num_connections == 2, "the second connection")
     await until(lambda: {p[0] for _, p in inbox.messages} == set(range(60)), "the last messages")
     assert {payload for _, payload in inbox.messages} == set(sent)  # whole; some came twice
 
