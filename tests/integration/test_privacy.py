@@ -334,6 +334,37 @@ def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -
         client._make_update(run.manifest.block("encoder-acc"), task, result, vector)
 
 
+def meet_server(client: EdgeClient, monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> None:
+    """Runs a client whose `Ready` is answered so; it may publish that and its status alone."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        server = broker.connect()
+        seen: list[wire.Message] = []
+
+        def answer(topic: str, payload: bytes) -> None:
+            if "/down/" in topic:
+                return
+            seen.append(wire.decode(payload))
+            if isinstance(seen[-1], wire.Ready):
+                for message in answers:
+                    broker._publish(topics.tasks("default", client.device), message, retain=False)
+
+        await server.subscribe("#", answer)
+
+        async def connect(*arguments: object) -> Transport:
+            return broker.connect()
+
+        monkeypatch.setattr(EdgeClient, "_connect", connect)
+        try:
+            await asyncio.wait_for(client.arun(), 10)
+        finally:
+            await asyncio.sleep(0.05)
+            assert {type(message) for message in seen} == {wire.Status, wire.Ready}
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("kind", ["task", "finish"])
 @pytest.mark.parametrize(
     "asked",
@@ -355,28 +386,23 @@ def test_what_a_server_may_not_ask_for(
     record = Record()
     spy_on(monkeypatch, record)
 
-    async def scenario() -> list[tuple[str, bytes]]:
-        broker = MemoryBroker()
-        server, seen = broker.connect(), []
-
-        def answer(topic: str, payload: bytes) -> None:
-            seen.append((topic, payload))
-            if isinstance(wire.decode(payload), wire.Ready):
-                down = topics.tasks("default", "acc-only")
-                broker._publish(down, wire.encode(hostile), retain=False)
-
-        await server.subscribe("#", answer)
-
-        async def connect(*arguments: object) -> Transport:
-            return broker.connect()
-
-        monkeypatch.setattr(EdgeClient, "_connect", connect)
-        with pytest.raises(WireError, match="which this device does not share; it shares"):
-            await asyncio.wait_for(acc_only.arun(), 10)
-        return [message for message in seen if "/down/" not in message[0]]
-
-    seen = asyncio.run(scenario())
-    assert {type(wire.decode(payload)) for _, payload in seen} <= {wire.Status, wire.Ready}
+    with pytest.raises(WireError, match="which this device does not share; it shares"):
+        meet_server(acc_only, monkeypatch, wire.encode(hostile))
     assert record.trained == []
     assert [path for _, path, _ in record.requests if "/blocks/" in path] == []
     assert acc_only._state.round_num == 2
+
+
+def test_old_tasks_and_nonsense_are_ignored(
+    acc_only: EdgeClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Round 1 is long trained: a replay of its task must not make a second update of it."""
+    record = Record()
+    spy_on(monkeypatch, record)
+    replay = wire.Task(1, 0, hyperparameters(), 0, {})
+    messages = (b"nonsense", wire.encode(wire.Ready(("acc",))), wire.encode(replay))
+    meet_server(acc_only, monkeypatch, *messages, wire.encode(wire.Finish({})))
+    assert record.trained == []
+    assert acc_only._state.round_num == 2
+    assert "ignored a malformed message on fl/v1/default/down/acc-only/task" in caplog.text
+    assert "ignored a task of round 1, long trained" in caplog.text

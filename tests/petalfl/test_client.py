@@ -28,6 +28,7 @@ from petalfl import (
     wire,
 )
 from petalfl.downlink import Downlink, Session
+from petalfl.http import HttpClient
 from petalfl.store import DeviceStore, Outgoing
 from petalfl.training import TrainingResult
 from petalfl.uplink import Uplink
@@ -143,6 +144,16 @@ def test_a_credential_that_was_revoked(idle: Server, make: Make, tmp_path: Path)
         EnrollError, match=r"401 .*not enrolled here, or its credential was revoked"
     ):
         make(idle, "revoked").run()
+
+
+def test_malformed_replies(idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpClient, "post_json", lambda self, path, body: {"device": "../x"})
+        with pytest.raises(TransportError, match="enrollment reply is malformed: Identity"):
+            make(idle, "d1").run()
+    monkeypatch.setattr(HttpClient, "get_json", lambda self, path: {"mqtt_port": 0})
+    with pytest.raises(TransportError, match="session reply is malformed: Session"):
+        make(idle, "d2").run()
 
 
 BAD_DATA = {
@@ -429,9 +440,30 @@ def test_when_it_is_over_there_is_no_more_training(busy: Server, make: Make) -> 
     np.testing.assert_array_equal(again.predict_proba({"a": A}), expected)
 
 
-@pytest.mark.parametrize("failure", [TransportError("503"), TransportError("wrong sha256")])
+def test_a_download_that_is_damaged_is_tried_again(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+    get = HttpClient.get
+    num_downloads = 0
+
+    def flip_a_bit(self: HttpClient, path: str, max_bytes: int) -> bytes:
+        nonlocal num_downloads
+        data = get(self, path, max_bytes)
+        if "/blocks/" in path:
+            num_downloads += 1
+            data = data[:-1] + bytes([data[-1] ^ num_downloads % 2])
+        return data
+
+    monkeypatch.setattr(HttpClient, "get", flip_a_bit)
+    client = make(busy, "d")
+    client.run()
+    assert client._state.round_num == 3
+    assert "block encoder-a version 1: wrong sha256" in caplog.text
+
+
 def test_a_download_that_fails_is_tried_again(
-    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, failure: TransportError
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the device takes part, a server that is away for a while ends nothing."""
     monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
@@ -441,7 +473,7 @@ def test_a_download_that_fails_is_tried_again(
     def flaky(self: Downlink, block: Any, pointer: Any) -> Any:
         calls.append(block.name)
         if len(calls) % 2:
-            raise failure
+            raise TransportError("503")
         return fetch_block(self, block, pointer)
 
     monkeypatch.setattr(Downlink, "fetch_block", flaky)
