@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from export import export_model
 from export.models import har
 from petalfl import PetalError, RoundInfo
+from server.config import SCHEMES
 
 from .data import devices
 from .history import RunFolder, Settings
@@ -27,8 +28,6 @@ from .regimes import REGIMES, assign_modalities
 from .report import draw_curves, summarize, table, write_summary
 from .server_process import ServerAddress, running_server
 from .simulation import Device, Interrupted, Simulation, default_num_threads
-
-SCHEMES = ("fm", "ph", "phf", "local")
 
 
 def main(arguments: list[str] | None = None) -> int:
