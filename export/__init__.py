@@ -1,6 +1,7 @@
-"""A PyTorch model of blocks becomes per-block ONNX training artifacts."""
+"""A PyTorch model of blocks becomes per-block ONNX training artifacts, and PyTorch again."""
 
 from .artifacts import export_model
+from .merge import merge
 from .model import BlockModel
 
-__all__ = ["BlockModel", "export_model"]
+__all__ = ["BlockModel", "export_model", "merge"]

@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from petalfl.errors import ModelError
 from petalfl.model import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    STATE_NAME,
     Artifact,
     Artifacts,
     Block,
     Modality,
     ModelManifest,
-    Parameter,
+    Task,
 )
-from petalfl.schema import NAME_REGEX
+from petalfl.model import Tensor as TensorType
 
-from .graph import BlockGraphs, build_graphs
+from .block import BlockSpec
+from .graph import BATCH_SIZE, BlockGraphs, build_graphs, input_names
 from .law import check_one_step
-from .model import BlockModel, encoder_name
+from .model import BlockModel
+from .optimizers import build_optimizers
+from .program import Size, Value
+from .state import save_state
+
+Format = Literal["onnx", "ort"]
 
 
 def export_model(
-    model: BlockModel, out: Path, progress: Callable[[str], None] = lambda block: None
+    model: BlockModel,
+    out: Path,
+    progress: Callable[[str], None] = lambda step: None,
+    *,
+    file_format: Format = "onnx",
+    source: str = "",
 ) -> ModelManifest:
     """Exports every block, checks the one-step law, and moves the folder into place.
 
@@ -40,6 +53,8 @@ def export_model(
         model: Its current parameters become the initial values.
         out: Made anew; an artifacts folder that is already there is replaced as a whole.
         progress: Told each block's name before its turn.
+        file_format: "ort" is ONNX Runtime's own, smaller one, for builds that read nothing else.
+        source: ``MODULE:FACTORY`` of the model, noted in the manifest.
 
     Raises:
         ModelError: A block cannot be exported exactly, or ``out`` holds something else.
@@ -47,15 +62,13 @@ def export_model(
     out = out.resolve()
     if (out.is_file() or (out.is_dir() and any(out.iterdir()))) and not _is_artifacts(out):
         raise ModelError(f"{out} holds something that is no artifacts folder; choose another place")
-    _refuse_shared_parameters(model)
-    _check_examples(model)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise ModelError(f"cannot write to {out.parent}: {error.strerror}") from error
     try:
-        manifest = _write(model, work, progress)
+        manifest = _Writer(model, work, file_format).write(progress, source)
         progress("one-step law")
         check_one_step(model, work)
         work.chmod(0o755)
@@ -76,128 +89,130 @@ def _is_artifacts(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"format_version", "modalities"} <= manifest.keys()
 
 
-def _write(model: BlockModel, folder: Path, progress: Callable[[str], None]) -> ModelManifest:
-    blocks: list[Block] = []
-    outputs: dict[str, Tensor] = {}
-    for modality, encoder in model.encoders.items():
-        name = encoder_name(modality)
-        progress(name)
-        inputs = {modality: model.examples[modality]}
-        graphs = build_graphs(name, encoder, inputs, _call, is_head=False, differentiate_by=())
-        blocks.append(_write_block(folder, name, encoder, "encoder", (modality,), graphs))
-        outputs[name] = graphs.output
-    _check_embeddings(outputs)
-    progress("fusion")
-    graphs = _build_fusion(model, outputs)
-    blocks.append(_write_block(folder, "fusion", model.fusion, "fusion", tuple(outputs), graphs))
-    progress("head")
-    graphs = build_graphs(
-        "head", model.head, {"fusion": graphs.output}, _call, is_head=True,
-        differentiate_by=("fusion",),
-    )  # fmt: skip
-    _check_logits(model, graphs.output)
-    blocks.append(_write_block(folder, "head", model.head, "head", ("fusion",), graphs))
-    return _write_manifest(model, folder, tuple(blocks))
+class _Writer:
+    """Exports the blocks of one model in topological order."""
 
+    def __init__(self, model: BlockModel, folder: Path, file_format: Format) -> None:
+        self._model = model
+        self._folder = folder
+        self._format = file_format
+        self._axes: dict[str, tuple[int, int]] = {}
+        self._values: dict[str, Value] = {}  # of every tensor between blocks, by name
+        self._trained: set[str] = set()  # blocks that train, or come after one that does
+        for modality, example in model.examples.items():
+            self._values[modality] = self._input(modality, example)
 
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    result: Tensor = module(x)
-    return result
-
-
-def _build_fusion(model: BlockModel, embeddings: dict[str, Tensor]) -> BlockGraphs:
-    modalities = list(model.encoders)
-
-    def call(fusion: nn.Module, *inputs: Tensor) -> Tensor:
-        *z, present = inputs
-        result: Tensor = fusion(dict(zip(modalities, z, strict=True)), present)
-        return result
-
-    length = len(next(iter(embeddings.values())))
-    inputs = embeddings | {"present": torch.ones(length, len(modalities))}
-    return build_graphs(
-        "fusion", model.fusion, inputs, call, is_head=False, differentiate_by=tuple(embeddings)
-    )
-
-
-def _write_block(
-    folder: Path, name: str, module: nn.Module, kind: str, inputs: tuple[str, ...],
-    graphs: BlockGraphs,
-) -> Block:  # fmt: skip
-    (folder / name).mkdir()
-    return Block(
-        name=name,
-        kind=kind,  # type: ignore[arg-type]
-        inputs=inputs,
-        output_shape=tuple(graphs.output.shape[1:]),
-        size=graphs.parameters.size,
-        parameters=tuple(Parameter(n, tuple(p.shape)) for n, p in module.named_parameters()),
-        dropouts=graphs.dropouts,
-        artifacts=Artifacts(
-            training_model=_put(folder, f"{name}/training_model.onnx", graphs.training_model),
-            eval_model=_put(folder, f"{name}/eval_model.onnx", graphs.eval_model),
-            parameters=_put(
-                folder, f"{name}/parameters.bin", graphs.parameters.astype("<f4").tobytes()
-            ),
-        ),
-    )
-
-
-def _put(folder: Path, path: str, data: bytes) -> Artifact:
-    (folder / path).write_bytes(data)
-    return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
-
-
-def _write_manifest(model: BlockModel, folder: Path, blocks: tuple[Block, ...]) -> ModelManifest:
-    manifest = ModelManifest(
-        format_version=FORMAT_VERSION,
-        name=model.name,
-        modalities={
-            modality: Modality(tuple(batch.shape[1:])) for modality, batch in model.examples.items()
-        },
-        blocks=blocks,
-        loss="cross_entropy",
-        num_classes=len(model.class_names),
-        class_names=model.class_names,
-        private_blocks=model.private_blocks,
-    )
-    data = manifest.to_json()
-    (folder / MANIFEST_NAME).write_bytes(data)
-    return ModelManifest.from_json(data)
-
-
-def _refuse_shared_parameters(model: BlockModel) -> None:
-    owners: dict[int, str] = {}
-    for block, module in model.blocks():
-        for path, parameter in module.named_parameters():
-            owner = owners.setdefault(id(parameter), block)
-            if owner != block:
-                raise ModelError(
-                    f"blocks {owner} and {block} share the parameter {path}; a block is trained "
-                    "and averaged by itself, so give each its own"
-                )
-
-
-def _check_examples(model: BlockModel) -> None:
-    for modality, batch in model.examples.items():
-        if not re.fullmatch(NAME_REGEX, modality):
-            raise ModelError(f"modality {modality!r} does not match {NAME_REGEX}")
-        if batch.dtype != torch.float32:
-            raise ModelError(
-                f"modality {modality}: the example is {batch.dtype}, expected torch.float32"
-            )
-
-
-def _check_embeddings(outputs: dict[str, Tensor]) -> None:
-    for name, z in outputs.items():
-        if z.dim() != 2:
-            raise ModelError(f"block {name}: output of shape {tuple(z.shape)}, expected (batch, d)")
-
-
-def _check_logits(model: BlockModel, logits: Tensor) -> None:
-    expected = (len(logits), len(model.class_names))
-    if tuple(logits.shape) != expected:
-        raise ModelError(
-            f"block head: logits of shape {tuple(logits.shape)}, expected {expected} "
-            f"for {expected[1]} class names"
+    def write(self, progress: Callable[[str], None], source: str) -> ModelManifest:
+        blocks = []
+        for spec in self._model.blocks():
+            progress(spec.name)
+            blocks.append(self._write_block(spec))
+        (self._folder / "optimizers").mkdir()
+        optimizers = {
+            name: self._put_graph(f"optimizers/{name}", data)
+            for name, data in build_optimizers().items()
+        }
+        manifest = ModelManifest(
+            format_version=FORMAT_VERSION,
+            name=self._model.name,
+            modalities={m: self._modality(m) for m in self._model.examples},
+            blocks=tuple(blocks),
+            missing=self._model.missing,
+            optimizers=optimizers,
+            private_blocks=self._model.private_blocks,
+            source=source,
+            state=self._put(STATE_NAME, save_state(self._model)),
         )
+        data = manifest.to_json()
+        (self._folder / MANIFEST_NAME).write_bytes(data)
+        return ModelManifest.from_json(data)
+
+    def _input(self, modality: str, example: Tensor) -> Value:
+        shape: list[int | Size] = [BATCH_SIZE, *example.shape[1:]]
+        for axis in self._model.dynamic_axes.get(modality, ()):
+            name, length = f"{modality}.{axis}", example.shape[axis]
+            self._axes[name] = length, 2 * length + 1
+            shape[axis] = Size(((1, (name,)),))
+        return Value(tuple(shape), example.dtype)
+
+    def _modality(self, name: str) -> Modality:
+        value = self._values[name]
+        return Modality(
+            _open_shape(value),
+            "float32" if value.dtype == torch.float32 else "int64",
+            self._model.num_values.get(name),
+        )
+
+    def _write_block(self, spec: BlockSpec) -> Block:
+        examples = self._model.examples | self._model.example_values
+        names = input_names(spec, examples)
+        behind = [n for name in spec.inputs if name in self._trained for n in names[name]]
+        graphs = build_graphs(
+            spec,
+            self._values,
+            examples,
+            num_modalities=len(self._model.examples),
+            differentiate_by=behind,
+            axes=self._axes,
+        )
+        self._values |= graphs.outputs
+        if behind or not spec.is_frozen:
+            self._trained.add(spec.name)
+        return Block(
+            name=spec.name,
+            kind=spec.kind,
+            inputs=spec.inputs,
+            outputs=tuple(TensorType(n, _open_shape(v)) for n, v in graphs.outputs.items()),
+            size=graphs.vector.size,
+            num_trainable=0 if spec.is_frozen else sum(p.size for p in graphs.parameters),
+            parameters=graphs.parameters,
+            statistics=graphs.statistics,
+            dropouts=graphs.dropouts,
+            task=spec.task and Task(*spec.task),  # type: ignore[arg-type]  # of its own literals
+            is_frozen=spec.is_frozen,
+            state_prefix=spec.state_prefix,
+            min_batch=graphs.min_batch,
+            num_flops=graphs.num_flops,
+            activation_bytes=graphs.activation_bytes,
+            artifacts=self._put_block(spec.name, graphs),
+        )
+
+    def _put_block(self, name: str, graphs: BlockGraphs) -> Artifacts:
+        (self._folder / name).mkdir()
+        forward, backward = graphs.training_forward, graphs.training_backward
+        vector = graphs.vector.astype("<f4").tobytes()
+        return Artifacts(
+            eval_model=self._put_graph(f"{name}/eval_model", graphs.eval_model),
+            training_forward=self._put_optional(f"{name}/training_forward", forward),
+            training_backward=self._put_optional(f"{name}/training_backward", backward),
+            parameters=self._put(f"{name}/parameters.bin", vector),
+        )
+
+    def _put_optional(self, path: str, data: bytes | None) -> Artifact | None:
+        return None if data is None else self._put_graph(path, data)
+
+    def _put_graph(self, path: str, data: bytes) -> Artifact:
+        if self._format == "ort":
+            data = _to_ort_format(data)
+        return self._put(f"{path}.{self._format}", data)
+
+    def _put(self, path: str, data: bytes) -> Artifact:
+        (self._folder / path).write_bytes(data)
+        return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _open_shape(value: Value) -> tuple[int | None, ...]:
+    return tuple(d if isinstance(d, int) else None for d in value.shape[1:])
+
+
+def _to_ort_format(data: bytes) -> bytes:
+    """The graph as ONNX Runtime saves it, without what only its own CPU could run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.ort"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return path.read_bytes()

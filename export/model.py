@@ -2,97 +2,317 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from petalfl.errors import ModelError
 
+from .block import BlockSpec, TaskSpec, Value, flatten, unflatten
+from .checks import (
+    LOSSES,
+    check_blocks,
+    check_examples,
+    check_known,
+    check_names,
+    check_output,
+    training_layers,
+)
+from .layout import lay_out, make_tasks, named
+
+__all__ = ["LOSSES", "BlockModel", "BlockSpec", "TaskSpec", "Value", "flatten", "unflatten"]
+
+ByTask: TypeAlias = Tensor | Mapping[str, Tensor]  # of a single head, or of several by task
+
+TOLERANCE = 1e-5  # between a cut model's output and the module's, relative to the largest entry
+
 
 class BlockModel(nn.Module):
-    """Encoders by modality, a fusion block and a head, each a module of the user's own.
+    """Encoders by modality, a fusion and one or more heads, each a module of the user's own.
+
+    What passes between blocks are float32 tensors ``(b, ...)``, or tuples or dicts of them.
 
     Args:
         name: Lower case, digits and dashes; names the federation's model.
-        encoders: By modality: ``(b, ...)`` to an embedding ``(b, d)``.
+        encoders: By modality: a module, or a chain of them by stage. The first is called with the
+            batch ``(b, ...)``, each next one with what the one before it returned.
+        head: A module, or modules by task. Called with what the fusion returned; without a
+            fusion as the fusion would be, or with the embedding if there is one modality.
+        examples: By modality: one example batch ``(b, ...)``, all of one length.
         fusion: Called with the embeddings by modality, zeros for the absent ones, and
-            ``present`` ``(b, M)``: 1 for the modalities there, in the order of ``encoders``.
-        head: The fused ``(b, D)`` to logits ``(b, num_classes)``.
-        examples: By modality: one example batch, all of the same length.
-        class_names: One per class.
-        private_blocks: The default sharing policy: blocks that never leave a device.
+            ``present`` float32 ``(b, M)``: 1 for the modalities there, in ``encoders``' order.
+        loss: A key of `LOSSES`, or one by task.
+        loss_weights: By task, 1 for those not named; the loss is the weighted sum.
+        class_names: One per class, or such a tuple by task.
+        frozen_blocks: These keep their parameters and stay in evaluation mode.
+        private_blocks: The default sharing policy: blocks that never leave a device. None means
+            the fusion and the heads.
+        missing: "mask" is as above; with "zero", there is no argument ``present``.
+        num_values: By int64 modality: its values lie in ``[0, num_values)``.
+        dynamic_axes: By modality: the axes, from 1, whose length may vary between batches.
+
+    Attributes:
+        tasks: By task; that of a single head given as a module is called "head".
+        example_values: By modality and block: what it gives on the examples, in evaluation mode.
+
+    Raises:
+        ModelError: The model cannot be exported; says which block or modality, and why.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        encoders: Mapping[str, nn.Module],
-        fusion: nn.Module,
-        head: nn.Module,
+        encoders: Mapping[str, nn.Module | Mapping[str, nn.Module]],
+        head: nn.Module | Mapping[str, nn.Module],
         examples: Mapping[str, Tensor],
-        class_names: tuple[str, ...],
-        private_blocks: tuple[str, ...] = ("fusion", "head"),
+        fusion: nn.Module | None = None,
+        loss: str | Mapping[str, str] = "cross_entropy",
+        loss_weights: Mapping[str, float] | None = None,
+        class_names: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
+        frozen_blocks: Collection[str] = (),
+        private_blocks: tuple[str, ...] | None = None,
+        missing: Literal["mask", "zero"] = "mask",
+        num_values: Mapping[str, int] | None = None,
+        dynamic_axes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
-        if encoders.keys() != examples.keys():
-            raise ModelError(
-                f"encoders are given for {sorted(encoders)}, examples for {sorted(examples)}"
-            )
-        if len({len(batch) for batch in examples.values()}) != 1:
-            raise ModelError("the example batches differ in length")
         self.name = name
-        self.encoders = nn.ModuleDict(encoders)
-        self.fusion = fusion
-        self.head = head
         self.examples = dict(examples)
-        self.class_names = class_names
-        self.private_blocks = private_blocks
-        self._widths = {
-            name: _width(name, encoder, examples[name]) for name, encoder in encoders.items()
+        self.missing = missing
+        self.num_values = dict(num_values or {})
+        self.dynamic_axes = dict(dynamic_axes or {})
+        check_names("model", [name])
+        check_names("modality", encoders)
+        if encoders.keys() != examples.keys() or not encoders:
+            raise ModelError(f"encoders are given for {[*encoders]}, examples for {[*examples]}")
+        check_examples(self.examples, self.num_values, self.dynamic_axes)
+        check_known("missing", [missing], ("mask", "zero"))
+
+        self.tasks = make_tasks(dict(named(head, "head")), loss, loss_weights, class_names)
+        self._blocks = tuple(
+            lay_out(encoders, fusion, head, self.tasks, missing == "mask", frozen_blocks)
+        )
+        names = [block.name for block in self._blocks]
+        check_known("frozen_blocks", frozen_blocks, names)
+        check_blocks(self._blocks, encoders, frozen_blocks)
+        if private_blocks is None:
+            private_blocks = tuple(b.name for b in self._blocks if b.kind != "encoder")
+        check_known("private_blocks", private_blocks, names)
+        self.private_blocks = tuple(private_blocks)
+
+        self.encoders: nn.ModuleDict = _registered("modality or stage", encoders)
+        self.fusion = fusion
+        self.head: nn.Module = _registered("task", head)
+        for block in self._blocks:
+            if block.is_frozen:
+                block.module.requires_grad_(False)
+        self.example_values = self._run_examples()
+        self._cut_from: tuple[nn.Module, ...] = ()  # in a tuple: no submodule of this one
+
+    @classmethod
+    def cut(
+        cls,
+        module: nn.Module,
+        *,
+        encoders: Mapping[str, str | Mapping[str, str]],
+        head: str | Mapping[str, str],
+        fusion: str | None = None,
+        call: Callable[[Any, dict[str, Tensor]], Any] = lambda module, inputs: module(**inputs),
+        **options: Any,
+    ) -> BlockModel:
+        """Cuts a module of the user's own into blocks: strings are paths of its submodules.
+
+        The blocks are the module's own parts, not copies. Chained as `BlockModel` says, they must
+        give what the module gives: all of its computation lies in them, and all its parameters.
+
+        Args:
+            call: Runs the module on all modalities; several heads' outputs as a dict by task, or
+                a tuple in the order of ``head``.
+            options: As of `BlockModel`, among them ``name`` and ``examples``.
+
+        Raises:
+            ModelError: As `BlockModel`; or something of the module lies in none of the blocks.
+        """
+
+        def take(paths: Any) -> Any:
+            if isinstance(paths, Mapping):
+                return {name: take(path) for name, path in paths.items()}
+            try:
+                return module.get_submodule(paths)
+            except AttributeError as error:
+                raise ModelError(f"{type(module).__name__} has no submodule {paths!r}") from error
+
+        model = cls(
+            encoders=take(encoders),
+            head=take(head),
+            fusion=None if fusion is None else take(fusion),
+            **options,
+        )
+        paths = [*_leaves(encoders), *([] if fusion is None else [fusion]), *_leaves(head)]
+        model._blocks = tuple(
+            dataclasses.replace(block, state_prefix=f"{path}.")
+            for block, path in zip(model._blocks, paths, strict=True)
+        )
+        _check_cut(model, module, call)
+        model._cut_from = (module,)
+        return model
+
+    def whole(self) -> nn.Module:
+        """The user's own module that this one was cut from, or else this one."""
+        return self._cut_from[0] if self._cut_from else self
+
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The blocks in topological order: encoders stage by stage, fusion, heads."""
+        return self._blocks
+
+    def train(self, mode: bool = True) -> BlockModel:
+        """Sets training or evaluation mode; frozen blocks stay in the latter."""
+        super().train(mode)
+        for block in self._blocks:
+            if block.is_frozen:
+                block.module.eval()
+        return self
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """The whole model on any subset of its modalities.
+
+        An absent modality's encoder is not run: its embedding is zeros in the shape of the
+        example's. This is the reference that the exported blocks, chained, must equal.
+
+        Returns:
+            The head's output ``(b, ...)``; of several heads, a dict by task.
+
+        Raises:
+            ModelError: None of the modalities, an unknown one, or a block fails.
+        """
+        values = self._run(inputs)
+        heads = [values[block.name] for block in self._blocks if block.kind == "head"]
+        return heads[0] if len(heads) == 1 else dict(zip(self.tasks, heads, strict=True))
+
+    def losses(self, outputs: ByTask, labels: ByTask) -> dict[str, Tensor]:
+        """The mean losses, unweighted, by task; tasks without labels are left out.
+
+        Args:
+            outputs: As `forward` returns them.
+            labels: In the same form: int64 ``(b,)`` for cross_entropy, else float32, shaped as
+                the outputs.
+        """
+        outputs, labels = self._by_task(outputs), self._by_task(labels)
+        check_known("labels", labels, self.tasks)
+        return {
+            task: LOSSES[spec.loss](outputs[task], labels[task])
+            for task, spec in self.tasks.items()
+            if task in labels
         }
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The whole model on any subset of its modalities: ``(b, num_classes)`` logits.
+    def loss(self, outputs: ByTask, labels: ByTask) -> Tensor:
+        """What is minimized: the weighted sum over the tasks' losses."""
+        losses = self.losses(outputs, labels)
+        return torch.stack([self.tasks[task].weight * loss for task, loss in losses.items()]).sum()
 
-        An absent modality's encoder is not run. This is the reference that the exported
-        blocks, chained, must equal.
-        """
-        embeddings = {name: self.encoders[name](x) for name, x in inputs.items()}
-        some = next(iter(embeddings.values()))
-        present = some.new_tensor([float(name in inputs) for name in self.encoders])
-        for name in self.encoders.keys() - embeddings.keys():
-            embeddings[name] = some.new_zeros(len(some), self._widths[name])
-        logits: Tensor = self.head(self.fusion(embeddings, present.expand(len(some), -1)))
-        return logits
+    def _by_task(self, value: ByTask) -> Mapping[str, Tensor]:
+        return dict.fromkeys(self.tasks, value) if isinstance(value, Tensor) else value
 
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Block names and modules in topological order."""
-        for modality, encoder in self.encoders.items():
-            yield encoder_name(modality), encoder
-        yield "fusion", self.fusion
-        yield "head", self.head
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Value]:
+        """By modality and block; encoders of absent modalities are left out, but for zeros."""
+        check_known("inputs", inputs, self.examples)
+        if not inputs:
+            raise ModelError(f"no modality, the model has {', '.join(self.examples)}")
+        some = next(iter(inputs.values()))
+        there = [float(modality in inputs) for modality in self.examples]
+        present = torch.tensor(there, device=some.device)  # of the default dtype
+        present = present.expand(len(some), -1)
+        values: dict[str, Value] = dict(inputs)
+        for block in self._blocks:
+            if block.kind == "encoder" and block.inputs[0] not in values:
+                continue
+            for name in block.inputs:
+                if name not in values:
+                    values[name] = self._zeros(name, present)
+            try:
+                values[block.name] = block(values, present)
+            except Exception as error:  # whatever the user's own code raises
+                raise ModelError(
+                    f"block {block.name}: its forward pass fails: {error!r}"[:500]
+                ) from error
+            check_output(block, values[block.name], len(some))
+        return values
+
+    def _zeros(self, name: str, like: Tensor) -> Value:
+        example = self.example_values[name]
+        tensors = flatten(name, example).values()
+        return unflatten(example, [like.new_zeros(len(like), *t.shape[1:]) for t in tensors])
+
+    @torch.no_grad()
+    def _run_examples(self) -> dict[str, Value]:
+        self.eval()
+        values = self._run(self.examples)
+        self.train()
+        return values
 
 
-def _width(modality: str, encoder: nn.Module, example: Tensor) -> int:
-    """The embedding's length, found on a copy, so that the encoder's own state is as it was."""
+def _leaves(paths: str | Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(paths, str):
+        yield paths
+    else:
+        for path in paths.values():
+            yield from _leaves(path)
+
+
+def _registered(what: str, given: Any) -> Any:
+    """Mappings become modules, for state_dict's sake."""
+    if isinstance(given, nn.Module):
+        return given
+    modules = nn.ModuleDict()
+    for name, item in given.items():
+        try:
+            modules[name] = _registered(what, item)
+        except KeyError as error:
+            raise ModelError(f"{what} {name!r}: torch.nn.ModuleDict refuses the name") from error
+    return modules
+
+
+@torch.no_grad()
+def _check_cut(
+    model: BlockModel, module: nn.Module, call: Callable[[Any, dict[str, Tensor]], Any]
+) -> None:
+    modules = nn.ModuleList(block.module for block in model.blocks())
+    owned = {*modules.parameters()}
+    for path, parameter in module.named_parameters():
+        if parameter not in owned:
+            raise ModelError(f"parameter {path} belongs to no block; name a block that holds it")
+    for layer in training_layers(module):
+        if layer not in {*modules.modules()}:
+            raise ModelError(f"{layer} belongs to no block, and would not act in training")
+    module.eval()
+    model.eval()
     try:
-        with torch.no_grad():
-            embedding = copy.deepcopy(encoder).eval()(example)
+        expected = call(module, dict(model.examples))
     except Exception as error:  # whatever the user's own code raises
+        raise ModelError(f"calling {type(module).__name__} fails: {error!r}"[:500]) from error
+    found = model(model.examples)
+    module.train()
+    model.train()
+    if isinstance(found, Tensor):
+        found, expected = {"": found}, {"": expected}
+    elif isinstance(expected, (tuple, list)):
+        expected = dict(zip(found, expected, strict=False))
+    for task, output in found.items():
+        _check_equal(task, output, expected.get(task) if isinstance(expected, dict) else expected)
+
+
+def _check_equal(task: str, found: Tensor, expected: Any) -> None:
+    what = f"the module's output {task}".rstrip()
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        shape = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+        raise ModelError(f"{what} is {shape}, the blocks give {tuple(found.shape)}")
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not error <= TOLERANCE:
         raise ModelError(
-            f"block {encoder_name(modality)}: its forward pass fails: {error!r}"[:500]
-        ) from error
-    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
-        found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding)
-        raise ModelError(
-            f"block {encoder_name(modality)}: output of {found}, expected a tensor (batch, d)"
+            f"{what} and that of its blocks differ by {error:.1e}: there is computation between "
+            "the blocks that belongs to none of them; make it part of a submodule"
         )
-    return embedding.shape[1]
-
-
-def encoder_name(modality: str) -> str:
-    """The block that encodes ``modality``."""
-    return f"encoder-{modality}"

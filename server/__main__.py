@@ -19,7 +19,7 @@ from aiohttp import web
 from petalfl import mqtt
 from petalfl.errors import PetalError
 from petalfl.files import write_atomic
-from petalfl.model import ModelManifest
+from petalfl.model import OPTIMIZERS, ModelManifest
 from petalfl.schema import read
 from petalfl.training import Hyperparameters
 
@@ -115,13 +115,15 @@ async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExi
 
 
 def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, token: str) -> str:
-    shared = [b.name for b in manifest.blocks if b.name not in config.private_blocks]
+    frozen = [b.name for b in manifest.blocks if b.is_frozen]
+    shared = [b.name for b in manifest.blocks if b.name not in (*config.private_blocks, *frozen)]
     rounds = f"{config.num_rounds} rounds" if config.num_rounds else "rounds until stopped"
     return "\n".join(
         [
             f"petalfl serves federation {config.federation!r} of model {manifest.name!r}",
             f"  shared     {', '.join(shared) or 'nothing'}",
             f"  private    {', '.join(config.private_blocks) or 'nothing'}",
+            *([f"  frozen     {', '.join(frozen)}"] if frozen else []),
             f"  rounds     {rounds}, each with at least {config.min_devices} devices",
             f"  http       {url}",
             f"  broker     {broker.endpoint}",
@@ -199,8 +201,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scheme",
         default="",
         metavar="{" + ",".join(SCHEMES) + "}",
-        help="what is shared: fm all, ph all but the head, phf encoders, local nothing; the "
-        "default is the manifest's private_blocks",
+        help="what is shared: fm all, ph all but the heads, phf encoders, local nothing; the "
+        "default is the manifest's private_blocks. Frozen blocks are never sent",
     )
     group("--rounds", type=int, default=0, metavar="N", help="0: until stopped")
     group(
@@ -219,16 +221,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     group("--server-momentum", type=float, default=0.0, metavar="BETA", help="FedAvgM, per block")
     group = parser.add_argument_group("local training").add_argument
-    group("--learning-rate", type=float, default=0.05, metavar="LR", help="of the devices' SGD")
+    group(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="of the devices, with a state that is fresh each round",
+    )
+    group("--learning-rate", type=float, default=0.05, metavar="LR", help="adamw wants about 0.001")
     group(
         "--schedule",
         choices=("constant", "cosine"),
         default=None,
         help="of the learning rate across rounds; the default is cosine with --rounds",
     )
-    group("--momentum", type=float, default=0.9, help="of the devices' SGD, fresh each round")
-    group("--weight-decay", type=float, default=1e-5, help="of the devices' SGD")
+    group("--momentum", type=float, default=0.9, help="of sgd")
+    group("--nesterov", action="store_true", help="look ahead along the momentum of sgd")
+    group("--beta1", type=float, default=0.9, help="of adamw")
+    group("--beta2", type=float, default=0.999, help="of adamw")
+    group("--epsilon", type=float, default=1e-8, metavar="EPS", help="of adamw")
+    group("--weight-decay", type=float, default=1e-5, help="of sgd (L2) or adamw (decoupled)")
+    group(
+        "--max-grad-norm",
+        type=float,
+        default=0.0,
+        metavar="NORM",
+        help="clip the gradient of all of a device's blocks together to this norm; 0: never",
+    )
+    group(
+        "--proximal-mu",
+        type=float,
+        default=0.0,
+        metavar="MU",
+        help="FedProx: pull shared blocks towards the start of the round; 0: off",
+    )
     group("--batch-size", type=int, default=16, metavar="N", help="examples per step")
+    group(
+        "--accumulation",
+        type=int,
+        default=1,
+        metavar="N",
+        help="compute each batch in N parts, one after another, to save memory",
+    )
     group("--epochs", type=int, default=1, metavar="N", help="per round")
     group("--seed", type=int, default=0, metavar="N", help="of shuffling and dropout")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info",

@@ -49,7 +49,7 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
 
     ``fm`` (full-model) shares all, ``ph`` (private-head) keeps the head, ``phf``
     (private-head-fusion) keeps head and fusion, ``local`` shares nothing; the empty string is
-    the manifest's own default.
+    the manifest's own default. Frozen blocks are not among them: they are nobody's to keep.
 
     Raises:
         ConfigError: There is no such scheme.
@@ -63,8 +63,11 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
         "phf": ("fusion", "head"),
         "local": ("encoder", "fusion", "head"),
     }
-    if not scheme:
-        return manifest.private_blocks
-    if scheme not in kept:
+    if scheme and scheme not in kept:
         raise ConfigError(f"unknown scheme {scheme!r}, expected one of {', '.join(SCHEMES)}")
-    return tuple(block.name for block in manifest.blocks if block.kind in kept[scheme])
+    return tuple(
+        block.name
+        for block in manifest.blocks
+        if not block.is_frozen
+        and (block.kind in kept[scheme] if scheme else block.name in manifest.private_blocks)
+    )

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
 
@@ -76,7 +76,9 @@ class Federation:
         self._traffic: dict[tuple[int, str, str], tuple[int, int]] = {}
         self._check_settings()
         self.shared: dict[str, Block] = {
-            b.name: b for b in manifest.blocks if b.name not in config.private_blocks
+            b.name: b
+            for b in manifest.blocks
+            if not b.is_frozen and b.name not in config.private_blocks
         }
         self._pointers: dict[str, wire.BlockVersion] = {}
         self._bodies: dict[str, bytes] = {}  # the newest versions, as they are served
@@ -121,9 +123,11 @@ class Federation:
             return None
         return to_bytes(self._state.read_version(self.shared[block], version)[0])
 
-    def blocks_of(self, modalities: list[str] | tuple[str, ...]) -> frozenset[str]:
-        """The shared blocks that a device with these modalities holds; `ModelError` if none."""
-        held = {block.name for block in self.manifest.blocks_for(modalities)}
+    def blocks_of(
+        self, modalities: Collection[str], tasks: Collection[str] | None = None
+    ) -> frozenset[str]:
+        """The shared blocks of a device; arguments and errors as of `ModelManifest.blocks_for`."""
+        held = {block.name for block in self.manifest.blocks_for(modalities, tasks)}
         return frozenset(held & self.shared.keys())
 
     # What devices say (the gateway's `Judge`)
@@ -134,9 +138,9 @@ class Federation:
         try:
             if enrolled is None or not set(ready.modalities) <= set(enrolled):
                 raise ModelError(f"it enrolled with {enrolled}")
-            self.ready[device] = self.blocks_of(ready.modalities)
+            self.ready[device] = self.blocks_of(ready.modalities, ready.tasks)
         except ModelError as error:
-            log.warning("device %s with %s cannot take part: %s", device, ready.modalities, error)
+            log.warning("device %s with %s cannot take part: %s", device, ready, error)
             return
         if self._sender is not None:
             self._answer_ready(device)
@@ -146,7 +150,11 @@ class Federation:
             self._send(device, wire.Finish(self._pointers_for(device)))
         elif self.round is None:
             self._open_round_if_possible()
-        elif device in self.round.cohort and device not in self.round.reports:
+        elif (
+            device not in self.round.reports
+            and device in self.round.cohort
+            and self.round.cohort[device] <= self.ready[device]  # else it came back with less
+        ):
             self._send(device, self._task(device))
 
     def on_offline(self, device: str) -> None:
@@ -270,10 +278,15 @@ class Federation:
         """The block's next version; None where it would not be finite, and the old one stays."""
         block, version = self.shared[name], self._pointers[name].version
         parameters, state = self._state.read_version(block, version)
+        end = block.num_trainable
         if not state.size:
-            state = self._optimizer.init(block.size)
+            state = self._optimizer.init(end)
         with np.errstate(over="ignore", invalid="ignore"):
-            parameters, state = self._optimizer.update(parameters, delta, state)
+            # Running statistics get the plain mean: they are averages, not descended along, and
+            # momentum could carry a variance below zero.
+            statistics = parameters[end:] + delta[end:]
+            moved, state = self._optimizer.update(parameters[:end], delta[:end], state)
+        parameters = np.concatenate([moved, statistics])
         if not (np.isfinite(parameters).all() and np.isfinite(state).all()):
             log.error("block %s keeps version %d: the next would not be finite", name, version)
             return None

@@ -69,7 +69,7 @@ class Gateway:
         self.refused: Counter[str] = Counter()  # by reason
         self._transport = transport
         self._federation = federation
-        self._blocks = {block.name: block for block in manifest.blocks}
+        self._blocks = {block.name: block for block in manifest.blocks if not block.is_frozen}
         self._judge = judge
         self._partials: dict[str, dict[bytes, _Partial]] = {}  # by device, by update_id
         self._offline: set[str] = set()

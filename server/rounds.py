@@ -29,7 +29,7 @@ class Round:
         round_num: From 1.
         cohort: By device: the shared blocks that it trains and is to send.
         base_versions: By block: the version that the cohort starts from.
-        sizes: By block: its number of parameters.
+        sizes: By block: the floats of its vector.
     """
 
     def __init__(

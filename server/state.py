@@ -246,7 +246,7 @@ class ServerState:
         return {str(block): int(version) for block, version in rows}
 
     def read_version(self, block: Block, version: int) -> tuple[Vector, Vector]:
-        """Parameters ``(size,)`` and optimizer state (empty before the block's first step).
+        """The vector ``(size,)`` and optimizer state (empty before the block's first step).
 
         Raises:
             StateError: The file is missing or is not the one that was written.
@@ -256,7 +256,7 @@ class ServerState:
         row = self._db.execute(query, (block.name, version)).fetchone()
         try:
             tensors = load(path.read_bytes())
-            vector = np.concatenate([tensors[p.name].ravel() for p in block.parameters])
+            vector = np.concatenate([tensors[t.name].ravel() for t in block.tensors])
         except Exception as error:  # safetensors raises its own and KeyError
             raise StateError(f"cannot read {path}: {error}") from error
         optimizer_state = tensors.get(_OPTIMIZER_STATE, np.zeros(0, np.float32))
@@ -345,11 +345,10 @@ class ServerState:
         path = self._path(new.block.name, new.version)
         path.parent.mkdir(exist_ok=True)
         tensors, start = {}, 0
-        for parameter in new.block.parameters:
-            size = int(np.prod(parameter.shape))
-            part = new.parameters[start : start + size]
-            tensors[parameter.name] = part.reshape(parameter.shape)
-            start += size
+        for tensor in new.block.tensors:
+            part = new.parameters[start : start + tensor.size]
+            tensors[tensor.name] = part.reshape(tensor.shape)
+            start += tensor.size
         if new.optimizer_state.size:
             tensors[_OPTIMIZER_STATE] = new.optimizer_state
         try:

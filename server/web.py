@@ -2,7 +2,7 @@
 
 Every path but ``/healthz`` wants a credential: the join token (``Authorization: Bearer``) for
 enrollment and for everything about the federation, a device's own (``Basic``) for what that
-device downloads.
+device downloads. Manifest and block versions open with either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from petalfl.errors import ModelError, PetalError
-from petalfl.model import MANIFEST_NAME, Artifact
+from petalfl.model import MANIFEST_NAME, OPTIMIZERS_FOLDER
 from petalfl.schema import Limit, Name, plain, read
 from petalfl.store import Identity
 
@@ -63,11 +63,13 @@ class WebApp:
         self._gateway = gateway
         self._token = token
         self._started_s = time.monotonic()
-        self._artifacts = {
-            artifact.path: artifact
-            for block in federation.manifest.blocks
-            for artifact in _files(block.artifacts)
-        }
+        manifest = federation.manifest
+        files = [
+            *manifest.optimizers.values(),
+            *(graph for block in manifest.blocks for graph in block.artifacts.graphs),
+            *(block.artifacts.parameters for block in manifest.blocks),
+        ]
+        self._artifacts = {artifact.path: artifact for artifact in files}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -84,12 +86,12 @@ class WebApp:
                 web.get(f"{root}/rounds", self._for_operator(self._rounds)),
                 web.get(f"{root}/devices", self._for_operator(self._devices)),
                 web.get(f"{root}/session", self._for_device(self._session)),
-                web.get(f"{root}/manifest", self._for_device(self._manifest)),
+                web.get(f"{root}/manifest", self._for_both(self._manifest)),
                 web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._artifact)),
-                web.get(f"{root}/blocks", self._for_device(self._versions)),
+                web.get(f"{root}/blocks", self._for_both(self._versions)),
                 web.get(
                     f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}",
-                    self._for_device(self._block),
+                    self._for_both(self._block),
                 ),
             ]
         )
@@ -122,6 +124,17 @@ class WebApp:
                     text="this device is not enrolled here, or its credential was revoked"
                 )
             return await handler(request, device)
+
+        return checked
+
+    def _for_both(self, handler: DeviceHandler) -> Handler:
+        """An operator, too, as the device "", which holds every block."""
+        as_device = self._for_device(handler)
+        as_operator = self._for_operator(lambda request: handler(request, ""))
+
+        async def checked(request: web.Request) -> web.StreamResponse:
+            kind, _, _ = request.headers.get("Authorization", "").partition(" ")
+            return await (as_operator if kind == "Bearer" else as_device)(request)
 
         return checked
 
@@ -167,7 +180,9 @@ class WebApp:
         artifact = self._artifacts.get(request.match_info["path"])
         if artifact is None:
             raise web.HTTPNotFound(text="no such artifact in the manifest")
-        self._check_holds(device, artifact.path.partition("/")[0])
+        folder = artifact.path.partition("/")[0]
+        if folder != OPTIMIZERS_FOLDER:  # which are everybody's
+            self._check_holds(device, folder)
         return web.FileResponse(self._federation.config.artifacts / artifact.path)
 
     async def _versions(self, request: web.Request, device: str) -> web.Response:
@@ -175,11 +190,13 @@ class WebApp:
 
     async def _block(self, request: web.Request, device: str) -> web.Response:
         name, version = request.match_info["block"], int(request.match_info["version"])
-        self._check_holds(device, name)
+        if device:
+            self._check_holds(device, name)
         body = self._federation.block_body(name, version)
         if body is None:
             raise web.HTTPNotFound(text=f"no version {version} of a shared block {name!r}")
-        self._federation.on_bytes_down(device, name, len(body))
+        if device:
+            self._federation.on_bytes_down(device, name, len(body))
         return web.Response(body=body, content_type="application/octet-stream")
 
     def _check_holds(self, device: str, block: str) -> None:
@@ -211,6 +228,7 @@ class WebApp:
                 "devices_ready": len(federation.ready),
                 "shared_blocks": federation.versions,
                 "private_blocks": federation.config.private_blocks,
+                "frozen_blocks": [b.name for b in federation.manifest.blocks if b.is_frozen],
                 "uptime_s": time.monotonic() - self._started_s,
                 **self._state.totals(),
             }
@@ -269,11 +287,6 @@ class WebApp:
                 "petalfl_devices_enrolled", "Devices enrolled", len(self._state.devices())
             ),
         ]
-
-
-def _files(artifacts: object) -> list[Artifact]:
-    values = [getattr(artifacts, name) for name in ("training_model", "eval_model", "parameters")]
-    return [value for value in values if isinstance(value, Artifact)]
 
 
 @web.middleware

@@ -31,6 +31,17 @@ def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def several_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of `tests.petalfl.torch_models:several`: modalities motion and text."""
+    from export import export_model
+    from tests.petalfl.torch_models import several
+
+    out = tmp_path_factory.mktemp("several") / "artifacts"
+    export_model(several(), out)
+    return out
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,

@@ -47,13 +47,21 @@ class AttentionFusion(nn.Module):
     """Attention over the modalities present: each ``(b, d)``, fused ``(b, out)``.
 
     An absent modality is masked out of the softmax, so that its weight is exactly zero.
+
+    Args:
+        d: The width of every embedding, or of each in the order of ``modalities``.
     """
 
-    def __init__(self, modalities: tuple[str, ...], d: int = 128, out: int = 256) -> None:
+    def __init__(
+        self, modalities: tuple[str, ...], d: int | tuple[int, ...] = 128, out: int = 256
+    ) -> None:
         super().__init__()
         self.modalities = modalities
-        self.attention = nn.Linear(d * len(modalities), len(modalities))
-        self.projections = nn.ModuleDict({name: nn.Linear(d, out) for name in modalities})
+        widths = (d,) * len(modalities) if isinstance(d, int) else d
+        self.attention = nn.Linear(sum(widths), len(modalities))
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, out) for name, width in zip(modalities, widths, strict=True)}
+        )
 
     def forward(self, embeddings: Mapping[str, Tensor], present: Tensor) -> Tensor:
         """Fuses; ``present`` is ``(b, M)``, 1 where the modality is there, else 0."""
@@ -85,5 +93,4 @@ def watch(seed: int = 0) -> BlockModel:
             head=MlpHead(256, len(WATCH_CLASSES)),
             examples={"acc": torch.randn(2, 3, 100), "gyro": torch.randn(2, 3, 100)},
             class_names=WATCH_CLASSES,
-            private_blocks=("fusion", "head"),
         )

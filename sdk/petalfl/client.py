@@ -21,8 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from petalfl import topics, wire
 from petalfl.backoff import delays
-from petalfl.data import check_inputs, check_labels
+from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
+from petalfl.engine import Arrays
 from petalfl.errors import PetalError, StoreError, TransportError, WireError
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
@@ -53,9 +54,10 @@ class EdgeClient:
     Args:
         url: The server, ``http(s)://host:port``.
         token: The join token that the server prints; needed until the device is enrolled.
-        data: By modality: float32 ``(n, *shape)``. Which modalities are here decides which
-            blocks the device holds.
-        labels: int ``(n,)``.
+        data: By modality: float32, or integers of an int64 modality, ``(n, *shape)``. Which
+            modalities are here decides which blocks the device holds.
+        labels: As in `petalfl.data.check_labels`: an array, or arrays by task. A head whose task
+            has no labels here is neither held nor trained.
         store: A folder of this client's own; keeps credential, private blocks and outbox.
         device: A name of 1 to 64 lower-case letters, digits and dashes; the default is random.
         federation: Its name on the server.
@@ -81,7 +83,7 @@ class EdgeClient:
         *,
         token: str = "",
         data: Mapping[str, ArrayLike] | None = None,
-        labels: ArrayLike | None = None,
+        labels: Labels | None = None,
         store: str | os.PathLike[str],
         device: str = "",
         federation: str = "default",
@@ -158,25 +160,27 @@ class EdgeClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def predict(self, inputs: Mapping[str, ArrayLike]) -> NDArray[np.int64]:
-        """The most likely class of each example ``(n,)``; see `predict_proba`."""
-        classes: NDArray[np.int64] = self.predict_proba(inputs).argmax(axis=1)
-        return classes
-
-    def predict_proba(self, inputs: Mapping[str, ArrayLike]) -> NDArray[np.float32]:
-        """Class probabilities ``(n, num_classes)`` of the personalized model; works offline.
+    def predict(self, inputs: Mapping[str, ArrayLike]) -> Any:
+        """The personalized model's predictions, of a classifier the classes; works offline.
 
         Args:
             inputs: Any subset of the device's modalities, as in `LocalModel.predict_proba`.
+
+        Returns:
+            An array ``(n, …)``, or arrays by task; `LocalModel.predict` says which.
 
         Raises:
             DataError: The inputs do not fit the model.
             StoreError: The device has not got the model yet.
         """
+        return self._current_model().predict(inputs)
+
+    def predict_proba(self, inputs: Mapping[str, ArrayLike]) -> Any:
+        """Probabilities, as `LocalModel.predict_proba` has them; otherwise as `predict`."""
         return self._current_model().predict_proba(inputs)
 
-    def evaluate(self, inputs: Mapping[str, ArrayLike], labels: ArrayLike) -> dict[str, float]:
-        """Accuracy and macro-F1 of the personalized model; errors as in `predict_proba`."""
+    def evaluate(self, inputs: Mapping[str, ArrayLike], labels: Labels) -> dict[str, Any]:
+        """The personalized model's metrics, as in `LocalModel.evaluate`; errors as `predict`."""
         return self._current_model().evaluate(inputs, labels)
 
     # Getting ready: enrollment, the manifest, the artifacts of the blocks held.
@@ -186,16 +190,17 @@ class EdgeClient:
         if self._identity is None:
             self._identity = self._downlink.enroll(self._token, self._device, modalities)
         self._downlink.log_in(self._identity)
-        self._downlink.fetch_model(modalities, self._identity.private_blocks)
+        tasks = sorted(self._labels) if isinstance(self._labels, Mapping) else None
+        self._downlink.fetch_model(modalities, tasks, self._identity.private_blocks)
         self._model = None
         self._current_model()
         return self._downlink.get_session()
 
-    def _checked_data(self) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
+    def _checked_data(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         manifest = self._current_model().manifest
         inputs = check_inputs(manifest, self._data or {})
         length = len(next(iter(inputs.values())))
-        labels: ArrayLike = self._labels if self._labels is not None else np.empty(0)
+        labels: Labels = self._labels if self._labels is not None else np.empty(0)
         return inputs, check_labels(manifest, labels, length)
 
     def _current_model(self) -> LocalModel:
@@ -217,27 +222,31 @@ class EdgeClient:
         self._versions = dict(shared.versions)
         parameters = {}
         for block in held:
-            stored = self._state.private if self._is_private(block) else shared.vectors
-            data = stored.get(block.name)
-            if data is None and self._is_private(block):
+            data = None if block.is_frozen else self._trained(block, shared)
+            if data is None and not self._is_shared(block):
                 data = self._store.read_file(block.artifacts.parameters.path)
             if data is not None:
                 parameters[block.name] = _stored_vector(block, data)
         return model.with_parameters(parameters)
 
+    def _trained(self, block: Block, shared: Shared) -> bytes | None:
+        vectors = shared.vectors if self._is_shared(block) else self._state.private
+        return vectors.get(block.name)
+
     # Taking part: tasks come down, updates go up.
 
-    async def _take_part(
-        self, session: Session, inputs: dict[str, NDArray[np.float32]], labels: NDArray[np.int64]
-    ) -> None:
-        tasks: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
-        transport = await self._connect(session, lambda: _in_background(self._announce(transport)))
+    async def _take_part(self, session: Session, inputs: Arrays, labels: Arrays) -> None:
+        queue: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
+        tasks = tuple(sorted(labels))
+        transport = await self._connect(
+            session, lambda: _in_background(self._announce(transport, tasks))
+        )
         uplink = Uplink(transport, self._federation, self.device)
-        handler = functools.partial(_receive, tasks, uplink)
+        handler = functools.partial(_receive, queue, uplink)
         try:
             await transport.subscribe(topics.all_down(self._federation, self.device), handler)
-            await self._announce(transport)
-            worker = asyncio.create_task(self._work(tasks, uplink, inputs, labels))
+            await self._announce(transport, tasks)
+            worker = asyncio.create_task(self._work(queue, uplink, inputs, labels))
             await self._until_stopped(worker)
         finally:  # however it ends: no later round waits for this device
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
@@ -259,10 +268,10 @@ class EdgeClient:
         await transport.connect()
         return transport
 
-    async def _announce(self, transport: Transport) -> None:
+    async def _announce(self, transport: Transport, tasks: tuple[str, ...]) -> None:
         """Says that the device is here and can take a task, at the start and after a break."""
         online = wire.encode(wire.Status(is_online=True))
-        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {}))))
+        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {})), tasks))
         topic = topics.status(self._federation, self.device)
         await transport.publish(topic, online, retain=True)
         await transport.publish(topics.request(self._federation, self.device), ready, retain=True)
@@ -288,13 +297,13 @@ class EdgeClient:
 
     async def _work(
         self,
-        tasks: asyncio.Queue[wire.Task | wire.Finish],
+        queue: asyncio.Queue[wire.Task | wire.Finish],
         uplink: Uplink,
-        inputs: dict[str, NDArray[np.float32]],
-        labels: NDArray[np.int64],
+        inputs: Arrays,
+        labels: Arrays,
     ) -> None:
         while True:
-            task = await tasks.get()
+            task = await queue.get()
             self._check_blocks(task)
             if isinstance(task, wire.Finish):
                 await self._fetch_patiently(task)
@@ -309,7 +318,7 @@ class EdgeClient:
 
     def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
         model = self._current_model()
-        shareable = {b.name for b in model.held if not self._is_private(b)}
+        shareable = {b.name for b in model.held if self._is_shared(b)}
         if foreign := sorted(task.blocks.keys() - shareable):
             raise WireError(
                 f"the server asks for block {foreign[0]}, which this device does not share; "
@@ -341,39 +350,41 @@ class EdgeClient:
             vectors = base.vectors | {name: to_bytes(vector) for name, vector in fetched.items()}
             self._store.write_shared(Shared(self._versions, vectors))
 
-    def _train_round(
-        self, task: wire.Task, inputs: dict[str, NDArray[np.float32]], labels: NDArray[np.int64]
-    ) -> None:
+    def _train_round(self, task: wire.Task, inputs: Arrays, labels: Arrays) -> None:
         """Trains one round and writes private blocks and outbox in one atomic step."""
         self._on_round(RoundInfo(task.round_num, task.num_rounds))
         model = self._current_model()
-        before = {block.name: model.parameters[block.name] for block in model.held}
+        held = model.manifest.blocks_for(inputs, labels)
+        before = {block.name: model.parameters[block.name] for block in held}
         rng = np.random.default_rng([task.seed, task.round_num, _number(self.device)])
         result = train(
             model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
-            self._on_batch,
+            shared=task.blocks, on_batch=self._on_batch,
         )  # fmt: skip
         outbox = [
             self._make_update(block, task, result, before[block.name])
-            for block in model.held
+            for block in held
             if block.name in task.blocks
         ]
         report = wire.Report(
             secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
         )
         outbox.append(Outgoing(wire.encode(report), b""))
-        private = {b.name: to_bytes(result.parameters[b.name]) for b in model.held
-                   if self._is_private(b)}  # fmt: skip
-        self._state = State(task.round_num, private, tuple(outbox))
+        private = {
+            block.name: to_bytes(result.parameters[block.name])
+            for block in held
+            if not (block.is_frozen or self._is_shared(block))
+        }
+        self._state = State(task.round_num, self._state.private | private, tuple(outbox))
         self._store.write_state(self._state)
         self._replace_parameters(result.parameters)
 
     def _make_update(
         self, block: Block, task: wire.Task, result: TrainingResult, before: Vector
     ) -> Outgoing:
-        """The one place where a block becomes something to send; refuses private ones."""
-        if self._is_private(block):
-            raise ValueError(f"block {block.name} is private: it cannot become an update")
+        """The one place where a block becomes something to send; refuses all but shared ones."""
+        if not self._is_shared(block):
+            raise ValueError(f"block {block.name} is not shared: it cannot become an update")
         payload = to_bytes(result.parameters[block.name] - before)
         manifest = wire.UpdateManifest(
             update_id=secrets.token_bytes(16),
@@ -401,8 +412,10 @@ class EdgeClient:
         with self._model_lock:
             self._model = model.with_parameters(parameters)
 
-    def _is_private(self, block: Block) -> bool:
-        return self._identity is None or block.name in self._identity.private_blocks
+    def _is_shared(self, block: Block) -> bool:
+        if self._identity is None or block.is_frozen:
+            return False
+        return block.name not in self._identity.private_blocks
 
     def _on_batch(self, done: int, total: int) -> None:
         if self._is_stopping.is_set():
@@ -426,7 +439,7 @@ class _Stopped(Exception):  # noqa: N818 - no error: it ends training between tw
 
 
 def _receive(
-    tasks: asyncio.Queue[wire.Task | wire.Finish], uplink: Uplink, topic: str, payload: bytes
+    queue: asyncio.Queue[wire.Task | wire.Finish], uplink: Uplink, topic: str, payload: bytes
 ) -> None:
     try:
         message = wire.decode(payload)
@@ -436,7 +449,7 @@ def _receive(
     if isinstance(message, wire.Receipt):
         uplink.receive(message)
     elif isinstance(message, (wire.Task, wire.Finish)):
-        tasks.put_nowait(message)
+        queue.put_nowait(message)
 
 
 def _in_background(work: Awaitable[None]) -> None:

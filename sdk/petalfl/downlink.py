@@ -70,24 +70,32 @@ class Downlink:
         except ValueError as error:
             raise TransportError(f"the server's session reply is malformed: {error}") from error
 
-    def fetch_model(self, modalities: Collection[str], private_blocks: Collection[str]) -> None:
+    def fetch_model(
+        self,
+        modalities: Collection[str],
+        tasks: Collection[str] | None,
+        private_blocks: Collection[str],
+    ) -> None:
         """Brings manifest and artifacts of the device's own blocks up to date in the store.
 
         Args:
             modalities: The device's; empty means all of the model's.
-            private_blocks: Their initial values are fetched too; shared ones come as versions.
+            tasks: Those that it has labels of; None means all.
+            private_blocks: Their initial values are fetched too, as those of frozen blocks;
+                shared ones come as versions.
 
         Raises:
-            ModelError: The manifest is unusable, or has none of the modalities.
+            ModelError: The manifest is unusable, or has none of the modalities or tasks.
         """
         data = self._http.get(f"{self._root}/manifest", MAX_MANIFEST_BYTES)
         manifest = ModelManifest.from_json(data)
-        for block in manifest.blocks_for(modalities or manifest.modalities):
-            files = [block.artifacts.training_model, block.artifacts.eval_model]
-            if block.name in private_blocks:
+        files = list(manifest.optimizers.values())
+        for block in manifest.blocks_for(modalities or manifest.modalities, tasks):
+            files.extend(block.artifacts.graphs)
+            if block.is_frozen or block.name in private_blocks:
                 files.append(block.artifacts.parameters)
-            for artifact in files:
-                self._fetch_artifact(artifact)
+        for artifact in files:
+            self._fetch_artifact(artifact)
         self._store.write_file(MANIFEST_NAME, data)
 
     def fetch_block(self, block: Block, pointer: BlockVersion) -> Vector:

@@ -1,4 +1,4 @@
-"""Runs blocks with ONNX Runtime: forward passes and vector-Jacobian products.
+"""Runs blocks with ONNX Runtime: forward passes, vector-Jacobian products, optimizer steps.
 
 An engine is stateless: parameters go in as flat vectors, gradients come out as flat vectors. So
 the sessions, the costly part, are shared by all clients of a process, and any number of threads
@@ -7,6 +7,8 @@ may call at once.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Mapping
@@ -23,89 +25,162 @@ from petalfl.vectors import Vector
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
+class Forward(NamedTuple):
+    """A block's forward pass in training.
+
+    Attributes:
+        outputs: By tensor name: float32 ``(b, *shape)``.
+        statistics: The running statistics after it ``(block.size - num_parameters,)``; None
+            where the block has none, or keeps them because it is frozen.
+        saved: What the backward pass takes over.
+    """
+
+    outputs: dict[str, NDArray[np.float32]]
+    statistics: Vector | None
+    saved: dict[str, NDArray[Any]]
+
+
 class Gradients(NamedTuple):
     """A block's share of the backward pass.
 
     Attributes:
-        parameters: ``(block.size,)``.
-        inputs: The gradient by each input that is another block's output.
-        loss: Mean over the batch; of a head only, else None.
+        parameters: ``(block.num_trainable,)``; None for a block that does not train.
+        inputs: By input tensor, of those that something trainable lies behind.
+        loss: Mean over the batch, of a head; else None.
+        statistics: As in `Forward`, of a head, whose two passes are one; else None.
     """
 
-    parameters: Vector
+    parameters: Vector | None
     inputs: dict[str, NDArray[np.float32]]
-    loss: float | None
+    loss: float | None = None
+    statistics: Vector | None = None
 
 
 class Engine(Protocol):
-    """Executes the blocks of one model."""
+    """Executes the blocks of one model. What a graph has no use for may be fed all the same."""
 
-    def forward(self, block: Block, parameters: Vector, inputs: Arrays) -> NDArray[np.float32]:
-        """The block's output ``(b, *output_shape)``; masks, if any, are among the inputs."""
+    def evaluate(
+        self, block: Block, vector: Vector, inputs: Arrays
+    ) -> dict[str, NDArray[np.float32]]:
+        """The block's outputs by tensor name, in inference: no dropout, running statistics."""
         ...
 
-    def backward(self, block: Block, parameters: Vector, inputs: Arrays) -> Gradients:
-        """The vector-Jacobian product; ``g`` or, for a head, ``labels`` is among the inputs."""
+    def forward(self, block: Block, vector: Vector, inputs: Arrays) -> Forward:
+        """The forward pass in training of a block that is no head; masks are among the inputs."""
+        ...
+
+    def backward(self, block: Block, vector: Vector, feeds: Arrays) -> Gradients:
+        """The vector-Jacobian product.
+
+        Args:
+            feeds: What `forward` was fed and saved, and ``d_<output>`` for each output; of a
+                head, its inputs, masks and ``labels``.
+        """
+        ...
+
+    def step(self, optimizer: Artifact, feeds: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Runs an optimizer's graph; see `petalfl.optimizers`."""
         ...
 
 
 class OrtTrainingEngine:
-    """onnxruntime-training: its gradient kernels run the training graphs.
+    """ONNX Runtime, of any build: the graphs are plain ONNX.
 
     Args:
         folder: The artifacts; only those of the blocks that are used need be there.
         num_threads: Per session; 1 is right for many clients on few cores.
+
+    Every method raises `ModelError` where a graph is missing, damaged or does not run.
     """
 
     def __init__(self, folder: Path, num_threads: int = 1) -> None:
         self._folder = folder
         self._num_threads = num_threads
-        self._loaded: dict[str, Any] = {}  # keeps the sessions of this engine alive
+        self._loaded: dict[str, _Graph] = {}  # keeps the sessions of this engine alive
 
-    def forward(self, block: Block, parameters: Vector, inputs: Arrays) -> NDArray[np.float32]:
+    def evaluate(
+        self, block: Block, vector: Vector, inputs: Arrays
+    ) -> dict[str, NDArray[np.float32]]:
+        """See `Engine.evaluate`."""
+        return self._graph(block.artifacts.eval_model).run({"parameters": vector, **inputs})
+
+    def forward(self, block: Block, vector: Vector, inputs: Arrays) -> Forward:
         """See `Engine.forward`."""
-        session = self._session(block.artifacts.eval_model)
-        output: NDArray[np.float32] = session.run(None, {"parameters": parameters, **inputs})[0]
-        return output
+        if block.artifacts.training_forward is None:  # frozen
+            return Forward(self.evaluate(block, vector, inputs), None, {})
+        graph = self._graph(block.artifacts.training_forward)
+        values = graph.run({"parameters": vector, **inputs})
+        outputs = {tensor.name: values.pop(tensor.name) for tensor in block.outputs}
+        return Forward(outputs, values.pop("statistics", None), values)
 
-    def backward(self, block: Block, parameters: Vector, inputs: Arrays) -> Gradients:
+    def backward(self, block: Block, vector: Vector, feeds: Arrays) -> Gradients:
         """See `Engine.backward`."""
-        session = self._session(block.artifacts.training_model)
-        names = [output.name for output in session.get_outputs()]
-        values = session.run(names, {"parameters": parameters, **inputs})
-        outputs = dict(zip(names, values, strict=True))
-        loss = float(outputs.pop("loss")) if "loss" in outputs else None
-        gradient = outputs.pop("gradient")
-        return Gradients(gradient, {k.removeprefix("d_"): v for k, v in outputs.items()}, loss)
+        if block.artifacts.training_backward is None:
+            raise ValueError(f"nothing at or before block {block.name} trains")
+        graph = self._graph(block.artifacts.training_backward)
+        values = graph.run({"parameters": vector, **feeds})
+        loss = float(values.pop("loss")) if "loss" in values else None
+        parameters, statistics = values.pop("gradient", None), values.pop("statistics", None)
+        inputs = {name.removeprefix("d_"): value for name, value in values.items()}
+        return Gradients(parameters, inputs, loss, statistics)
 
-    def _session(self, artifact: Artifact) -> Any:
+    def step(self, optimizer: Artifact, feeds: Arrays) -> dict[str, NDArray[np.float32]]:
+        """See `Engine.step`."""
+        return self._graph(optimizer).run(feeds)
+
+    def _graph(self, artifact: Artifact) -> _Graph:
         if artifact.sha256 not in self._loaded:
             data = read_artifact(self._folder, artifact)
-            self._loaded[artifact.sha256] = _open_session(artifact, data, self._num_threads)
+            self._loaded[artifact.sha256] = _open_graph(artifact, data, self._num_threads)
         return self._loaded[artifact.sha256]
 
 
+class _Graph:
+    """A session, and what goes in and comes out of it."""
+
+    def __init__(self, path: str, session: Any) -> None:
+        self._path = path
+        self._session = session
+        self._inputs = [value.name for value in session.get_inputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """All outputs, of those feeds that the graph takes."""
+        if missing := [name for name in self._inputs if name not in feeds]:
+            raise ModelError(f"{self._path} takes {missing[0]!r}, which nothing gives it")
+        try:
+            values = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
+        except Exception as error:  # the extension has no common base for its errors
+            raise ModelError(f"ONNX Runtime fails on {self._path}: {_reason(error)}") from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
 # Sessions by content: a thousand emulated devices of one model share a handful.
-_sessions: weakref.WeakValueDictionary[tuple[str, int], Any] = weakref.WeakValueDictionary()
-_sessions_lock = threading.Lock()
+_graphs: weakref.WeakValueDictionary[tuple[str, int], _Graph] = weakref.WeakValueDictionary()
+_graphs_lock = threading.Lock()
 
 
-def _open_session(artifact: Artifact, data: bytes, num_threads: int) -> Any:
+def _open_graph(artifact: Artifact, data: bytes, num_threads: int) -> _Graph:
     ort = _import_runtime()
-    with _sessions_lock:
-        session = _sessions.get((artifact.sha256, num_threads))
-        if session is None:
+    with _graphs_lock:
+        graph = _graphs.get((artifact.sha256, num_threads))
+        if graph is None:
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
+            options.add_session_config_entry("session.use_env_allocators", "1")
             try:
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # the extension has no common base for its errors
-                reason = str(error).strip().splitlines()[0]
+            except Exception as error:  # as above
+                reason = _reason(error)
                 raise ModelError(f"ONNX Runtime cannot load {artifact.path}: {reason}") from error
-            _sessions[artifact.sha256, num_threads] = session
-        return session
+            graph = _graphs[artifact.sha256, num_threads] = _Graph(artifact.path, session)
+        return graph
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _import_runtime() -> Any:
@@ -113,6 +188,20 @@ def _import_runtime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ModelError(
-            "onnxruntime-training is not installed; install it with: pip install petalfl[ort]"
+            "onnxruntime is not installed; install it with: pip install petalfl[ort]"
         ) from error
+    _share_arena()
     return onnxruntime
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One memory arena for all sessions: each of its own would keep its own peak."""
+    import onnxruntime
+
+    device = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    # The app around us may have registered one, which then serves as well.
+    with contextlib.suppress(RuntimeError):
+        onnxruntime.create_and_register_allocator(device, onnxruntime.OrtArenaCfg(0, -1, -1, -1))

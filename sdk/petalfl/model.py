@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,22 +13,34 @@ from typing import Annotated, Literal
 from petalfl.errors import ModelError
 from petalfl.schema import Limit, Name, Sha256, plain, read
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+OPTIMIZERS_FOLDER = "optimizers"  # no block is called so: they have a dash, or are fusion or head
+OPTIMIZERS = ("sgd", "adamw")
+STATE_NAME = "state.pt"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_BLOCK_SIZE = 1 << 28  # parameters: 1 GiB of float32
 
 Dim = Annotated[int, Limit(1, 1 << 24)]
 Shape = Annotated[tuple[Dim, ...], Limit(0, 8)]
+OpenShape = Annotated[tuple[Dim | None, ...], Limit(0, 8)]  # None: varies from batch to batch
 Text = Annotated[str, Limit(1, 256)]
+
+# What graphs call their other inputs and outputs.
+_RESERVED = frozenset({"parameters", "present", "labels", "loss", "gradient", "statistics"})
 
 
 @dataclass(frozen=True, slots=True)
 class Modality:
-    """One kind of input. ``shape`` leaves out the batch dimension."""
+    """One kind of input. ``shape`` leaves out the batch dimension.
 
-    shape: Shape
-    dtype: Literal["float32"] = "float32"
+    Attributes:
+        num_values: Of int64: values lie in [0, num_values).
+    """
+
+    shape: OpenShape
+    dtype: Literal["float32", "int64"] = "float32"
+    num_values: Annotated[int, Limit(1, 1 << 31)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +50,60 @@ class Parameter:
     name: Text
     shape: Annotated[tuple[Annotated[int, Limit(0, 1 << 24)], ...], Limit(0, 8)]
 
+    @property
+    def size(self) -> int:
+        """Its number of floats."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What one block hands to the next: float32 ``(batch, *shape)``."""
+
+    name: Text
+    shape: OpenShape
+
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """A mask input: ``(batch, *shape)``, zero with probability ``rate``, else 1 / (1 - rate)."""
+    """A mask input: ``(batch, *shape)``, zero with probability ``rate``, else 1 / (1 - rate).
+
+    Attributes:
+        varying: For each None in ``shape``: the axis ``MODALITY.AXIS`` whose length it has; axes
+            count from 1, as 0 is the batch.
+        batch_axis: Where PyTorch has the batch in what the dropout acts on; masks have it first.
+    """
 
     name: Text
-    shape: Shape
+    shape: OpenShape
     rate: Annotated[float, Limit(0.0, 0.999)]
+    varying: Annotated[tuple[Text, ...], Limit(0, 8)] = ()
+    batch_axis: Annotated[int, Limit(0, 7)] = 0
+
+    def sizes(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for these lengths by axis; 1 where the axis's modality is absent."""
+        names = iter(self.varying)
+        return tuple(lengths.get(next(names), 1) if d is None else d for d in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a head learns.
+
+    Attributes:
+        loss: A mean over the batch; labels are int64 ``(n,)`` for cross_entropy, else float32 of
+            the shape of the head's output.
+        weight: Of its loss in the sum over all heads.
+    """
+
+    loss: Literal["cross_entropy", "bce_with_logits", "mse", "l1"]
+    weight: Annotated[float, Limit(0.0, 1e6)] = 1.0
+    class_names: Annotated[tuple[Text, ...], Limit(0, 1 << 20)] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One file of a block, relative to the artifacts folder."""
+    """One file of the artifacts folder."""
 
     path: Annotated[str, Limit(1, 256)]
     sha256: Sha256
@@ -61,14 +115,24 @@ class Artifacts:
     """The files of a block.
 
     Attributes:
-        training_model: Vector-Jacobian products; of a head, the loss and its gradients.
-        eval_model: The forward pass; with dropout masks fed, the training-mode one.
+        eval_model: Inference: dropout off, running statistics used.
+        training_forward: None for a head, whose backward graph runs it, and for a frozen block,
+            which its ``eval_model`` serves.
+        training_backward: Vector-Jacobian products; of a head, the loss and its gradients. None
+            when neither the block nor anything before it trains.
         parameters: Initial values: the flat vector as little-endian float32.
     """
 
-    training_model: Artifact
     eval_model: Artifact
+    training_forward: Artifact | None
+    training_backward: Artifact | None
     parameters: Artifact
+
+    @property
+    def graphs(self) -> tuple[Artifact, ...]:
+        """Those of the files that are graphs and there."""
+        graphs = (self.eval_model, self.training_forward, self.training_backward)
+        return tuple(graph for graph in graphs if graph is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +140,46 @@ class Block:
     """A part of the model that is trained, versioned and shared or kept as one.
 
     Attributes:
-        inputs: A modality (encoder), encoders (fusion) or the block before it (head).
-        output_shape: Of one example: ``(d,)``; of a head, ``(num_classes,)``.
-        size: Number of parameters.
+        inputs: A modality (first stage of an encoder) or blocks before it.
+        outputs: One tensor called like the block, or several called ``<block>.<key>``.
+        size: Floats in its flat vector: ``parameters``, then ``statistics``.
+        num_trainable: The leading part of the vector that gradients reach.
+        statistics: Running averages; training replaces them, no gradient reaches them.
+        dropouts: In the order in which they act.
+        task: Of a head alone.
+        is_frozen: It never trains and never travels: the artifacts hold its parameters.
+        state_prefix: PyTorch's ``state_dict`` key is ``state_prefix`` + the parameter's name.
+        min_batch: The smallest batch that it can train on.
+        num_flops: Of one example's forward pass: products and convolutions.
+        activation_bytes: What one example keeps between forward and backward pass.
     """
 
     name: Name
     kind: Literal["encoder", "fusion", "head"]
     inputs: Annotated[tuple[Name, ...], Limit(1, 64)]
-    output_shape: Shape
-    size: Annotated[int, Limit(1, MAX_BLOCK_SIZE)]
-    parameters: Annotated[tuple[Parameter, ...], Limit(1, 4096)]
+    outputs: Annotated[tuple[Tensor, ...], Limit(1, 64)]
+    size: Annotated[int, Limit(0, MAX_BLOCK_SIZE)]
+    num_trainable: Annotated[int, Limit(0, MAX_BLOCK_SIZE)]
+    parameters: Annotated[tuple[Parameter, ...], Limit(0, 4096)]
+    statistics: Annotated[tuple[Parameter, ...], Limit(0, 4096)]
     dropouts: Annotated[tuple[Dropout, ...], Limit(0, 256)]
+    task: Task | None
+    is_frozen: bool
+    state_prefix: Annotated[str, Limit(0, 256)]
+    min_batch: Annotated[int, Limit(1, 1 << 16)]
+    num_flops: Annotated[int, Limit(0, 1 << 53)]
+    activation_bytes: Annotated[int, Limit(0, 1 << 53)]
     artifacts: Artifacts
+
+    @property
+    def tensors(self) -> tuple[Parameter, ...]:
+        """Everything in its flat vector, in that order."""
+        return self.parameters + self.statistics
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it joins modalities, some of which a device may lack."""
+        return self.kind == "fusion" or len(self.inputs) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +188,24 @@ class ModelManifest:
 
     Attributes:
         private_blocks: The default sharing policy: these never leave a device.
+        missing: What stands in for a modality that a device lacks: zeros, of length 1 along an
+            axis that varies, and with ``mask`` the blocks that join modalities are also told
+            which are ``present``.
+        optimizers: Graphs of `petalfl.optimizers` by name.
+        source: The ``MODULE:FACTORY`` that it was exported from.
+        state: How to put the PyTorch model's ``state_dict`` together again, for `export.merge`
+            alone: neither server nor devices read it.
     """
 
     format_version: int
     name: Name
     modalities: Annotated[dict[Name, Modality], Limit(1, 64)]
     blocks: Annotated[tuple[Block, ...], Limit(1, 128)]
-    loss: Literal["cross_entropy"]
-    num_classes: Annotated[int, Limit(2, 1 << 20)]
-    class_names: Annotated[tuple[Text, ...], Limit(0, 1 << 20)] = ()
+    missing: Literal["mask", "zero"]
+    optimizers: Annotated[dict[Name, Artifact], Limit(0, 64)]
     private_blocks: Annotated[tuple[Name, ...], Limit(0, 128)] = ()
+    source: Annotated[str, Limit(0, 1024)] = ""
+    state: Artifact | None = None
 
     def block(self, name: str) -> Block:
         """The block of that name; `KeyError` when there is none."""
@@ -115,26 +214,53 @@ class ModelManifest:
                 return block
         raise KeyError(name)
 
-    def blocks_for(self, modalities: Collection[str]) -> tuple[Block, ...]:
-        """The blocks that a device with these modalities holds: no foreign encoder.
+    @property
+    def heads(self) -> dict[str, Block]:
+        """By task: what follows ``head-`` in the block's name, or ``head`` where there is one."""
+        return {b.name.removeprefix("head-"): b for b in self.blocks if b.kind == "head"}
+
+    def modality_of(self, encoder: Block) -> str:
+        """The modality at the start of an encoder's chain."""
+        name = encoder.inputs[0]
+        while name not in self.modalities:
+            name = self.block(name).inputs[0]
+        return name
+
+    def blocks_for(
+        self, modalities: Collection[str], tasks: Collection[str] | None = None
+    ) -> tuple[Block, ...]:
+        """The blocks that a device holds: no foreign encoder, no head that it has no labels for.
+
+        Args:
+            modalities: The device's.
+            tasks: Those that it has labels of; None means all.
 
         Raises:
-            ModelError: None of the modalities, or one that the model does not have.
+            ModelError: None of them, or one that the model does not have.
         """
-        unknown = sorted(set(modalities) - self.modalities.keys())
-        if unknown or not modalities:
-            found = f"modality {unknown[0]!r}" if unknown else "no modality"
-            raise ModelError(f"found {found}, the model has {', '.join(self.modalities)}")
+        tasks = self.heads if tasks is None else tasks
+        _check_known("modality", modalities, self.modalities)
+        _check_known("task", tasks, self.heads)
+        foreign = {self.heads[task].name for task in self.heads.keys() - set(tasks)}
         return tuple(
             block
             for block in self.blocks
-            if block.kind != "encoder" or block.inputs[0] in modalities
+            if (block.kind != "encoder" or self.modality_of(block) in modalities)
+            and block.name not in foreign
         )
 
     @property
     def layout_sha256(self) -> str:
-        """A digest of blocks, parameters and shapes: equal layouts can share vectors."""
-        layout = [(b.name, b.kind, list(b.inputs), plain(b.parameters)) for b in self.blocks]
+        """A digest of what makes vectors interchangeable.
+
+        Blocks, wiring, names and shapes, and the values of frozen blocks, which all others have
+        been trained with.
+        """
+        layout = [
+            (b.name, b.kind, list(b.inputs), plain(b.parameters), plain(b.statistics),
+             b.artifacts.parameters.sha256 if b.is_frozen else None)
+            for b in self.blocks
+        ]  # fmt: skip
         return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
     def to_json(self) -> bytes:
@@ -146,7 +272,7 @@ class ModelManifest:
         """Reads and checks a manifest of any origin.
 
         Raises:
-            ModelError: It is too long, no JSON, of a newer format or inconsistent.
+            ModelError: It is too long, no JSON, of another format or inconsistent.
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise ModelError(f"the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
@@ -154,16 +280,16 @@ class ModelManifest:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ModelError(f"the manifest is no JSON: {error}") from error
-        version = value.get("format_version") if isinstance(value, dict) else None
-        if version != FORMAT_VERSION:
-            raise ModelError(
-                f"the manifest has format_version {version!r}, this petalfl reads {FORMAT_VERSION}"
-            )
+        _check_format(value.get("format_version") if isinstance(value, dict) else None)
         try:
             manifest = read(cls, value, "manifest")
         except ValueError as error:
             raise ModelError(str(error)) from error
+        _check_names(manifest)
+        for block in manifest.blocks:
+            _check_block(block)
         _check_wiring(manifest)
+        _check_graphs(manifest)
         return manifest
 
     @classmethod
@@ -182,6 +308,19 @@ class ModelManifest:
                 f"make them with: python -m export MODULE:FACTORY --out {folder}"
             ) from error
         return cls.from_json(data)
+
+
+def differentiated(blocks: Iterable[Block]) -> frozenset[str]:
+    """The blocks that a gradient is needed of: they train, or something before them does.
+
+    Args:
+        blocks: In topological order.
+    """
+    names: set[str] = set()
+    for block in blocks:
+        if block.num_trainable or not names.isdisjoint(block.inputs):
+            names.add(block.name)
+    return frozenset(names)
 
 
 def read_artifact(folder: Path, artifact: Artifact) -> bytes:
@@ -204,71 +343,181 @@ def check_artifact(artifact: Artifact, data: bytes) -> None:
     Raises:
         ModelError: They differ.
     """
-    found = hashlib.sha256(data).hexdigest()
-    if found != artifact.sha256:
+    if len(data) != artifact.num_bytes:
+        found, expected = f"{len(data)} bytes", f"{artifact.num_bytes}"
+    else:
+        found, expected = hashlib.sha256(data).hexdigest(), artifact.sha256
+        if found == expected:
+            return
+        found, expected = f"sha256 {found[:12]}…", f"{expected[:12]}…"
+    raise ModelError(
+        f"artifact {artifact.path} is damaged or was swapped: {found}, the manifest says {expected}"
+    )
+
+
+def _check_known(kind: str, wanted: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(wanted).difference(known))
+    if unknown or not wanted:
+        found = f"{kind} {unknown[0]!r}" if unknown else f"no {kind}"
+        raise ModelError(f"found {found}, the model has {', '.join(known)}")
+
+
+def _check_format(version: object) -> None:
+    if version == FORMAT_VERSION:
+        return
+    advice = "export the model again"
+    if type(version) is int and version > FORMAT_VERSION:
+        advice = "install a newer petalfl"
+    found = repr(version)[:40]
+    raise ModelError(
+        f"the manifest has format_version {found}, this petalfl reads {FORMAT_VERSION}: {advice}"
+    )
+
+
+def _check_names(manifest: ModelManifest) -> None:
+    known = set(_RESERVED)
+    for name in (*manifest.modalities, *(block.name for block in manifest.blocks)):
+        if name in known:
+            raise ModelError(f"block or modality {name}: the name is used twice or reserved")
+        known.add(name)
+    for name, modality in manifest.modalities.items():
+        if (modality.dtype == "int64") != (modality.num_values is not None):
+            raise ModelError(
+                f"modality {name}: {modality.dtype} with num_values {modality.num_values}, "
+                "expected them for int64 and for it alone"
+            )
+    for name in manifest.private_blocks:
+        if name not in {block.name for block in manifest.blocks}:
+            raise ModelError(f"private block {name!r} is no block of the model")
+    if missing := [name for name in OPTIMIZERS if name not in manifest.optimizers]:
+        raise ModelError(f"optimizer {missing[0]} is missing, found {list(manifest.optimizers)}")
+    _check_paths("the optimizers", OPTIMIZERS_FOLDER, manifest.optimizers.values())
+    if manifest.state is not None and manifest.state.path != STATE_NAME:
+        raise ModelError(f"state: path {manifest.state.path!r}, expected {STATE_NAME}")
+
+
+def _check_block(block: Block) -> None:
+    where = f"block {block.name}"
+    names = [tensor.name for tensor in block.outputs]
+    is_several = all(len(n) > len(block.name) + 1 and n.startswith(f"{block.name}.") for n in names)
+    if not (names == [block.name] or is_several) or len(set(names)) < len(names):
+        raise ModelError(f"{where}: outputs {names[:4]}, expected {block.name} or {block.name}.KEY")
+    masks = [dropout.name for dropout in block.dropouts]
+    if masks != [f"mask.{i}" for i in range(len(masks))]:
+        raise ModelError(f"{where}: masks {masks[:4]}, expected mask.0, mask.1, …")
+    if any(len(d.varying) != d.shape.count(None) for d in block.dropouts):
+        raise ModelError(f"{where}: a mask's varying axes do not fit its shape")
+    if (block.task is not None) != (block.kind == "head"):
+        raise ModelError(f"{where}: expected a task of heads, and of them alone")
+    if block.task is not None:
+        _check_task(block, block.task)
+    _check_vector(block)
+    _check_paths(where, block.name, (*block.artifacts.graphs, block.artifacts.parameters))
+
+
+def _check_task(block: Block, task: Task) -> None:
+    if len(block.outputs) != 1:
+        raise ModelError(f"block {block.name}: {len(block.outputs)} outputs, a head has one")
+    shape = block.outputs[0].shape
+    if task.loss == "cross_entropy" and (len(shape) != 1 or (shape[0] or 0) < 2):
+        raise ModelError(f"block {block.name}: outputs of {shape}, expected (num_classes,)")
+    if task.class_names and len(task.class_names) != (shape[-1] if shape else 1):
         raise ModelError(
-            f"artifact {artifact.path} is damaged or was swapped: "
-            f"sha256 {found[:12]}…, the manifest says {artifact.sha256[:12]}…"
+            f"block {block.name}: {len(task.class_names)} class names for outputs of {shape}"
         )
+
+
+def _check_vector(block: Block) -> None:
+    names = [tensor.name for tensor in block.tensors]
+    if len(set(names)) != len(names):
+        raise ModelError(f"block {block.name}: two tensors of one name in {names[:6]}")
+    total = sum(tensor.size for tensor in block.tensors)
+    if total != block.size:
+        raise ModelError(f"block {block.name}: size {block.size}, its tensors have {total}")
+    if block.artifacts.parameters.num_bytes != 4 * block.size:
+        raise ModelError(
+            f"block {block.name}: initial values of {block.artifacts.parameters.num_bytes} bytes, "
+            f"expected {4 * block.size}"
+        )
+    if not block.size and not block.is_frozen:
+        raise ModelError(f"block {block.name}: is_frozen is false, and there is nothing to train")
+    trainable = 0 if block.is_frozen else sum(p.size for p in block.parameters)
+    if block.num_trainable != trainable:
+        raise ModelError(
+            f"block {block.name}: num_trainable {block.num_trainable}, expected {trainable}"
+        )
+
+
+def _check_paths(where: str, folder: str, artifacts: Iterable[Artifact]) -> None:
+    for artifact in artifacts:
+        found, _, file = artifact.path.partition("/")
+        if found != folder or not file.replace("_", "").replace(".", "").isalnum():
+            raise ModelError(f"{where}: path {artifact.path!r} leads out of {folder}/")
 
 
 def _check_wiring(manifest: ModelManifest) -> None:
-    """One encoder per modality, then a fusion of all of them, then a head of the fusion."""
-    known = set(manifest.modalities)
-    for block in manifest.blocks:
-        _check_block(block, known)
-        known.add(block.name)
-    encoders = [b for b in manifest.blocks if b.kind == "encoder"]
-    expected = [(m,) for m in manifest.modalities]
-    rest = [(b.kind, b.inputs) for b in manifest.blocks[len(encoders) :]]
-    fusion = manifest.blocks[-2].name if len(manifest.blocks) > 1 else ""
-    wanted = [("fusion", tuple(e.name for e in encoders)), ("head", (fusion,))]
-    if sorted(e.inputs for e in encoders) != sorted(expected) or rest != wanted:
-        raise ModelError(
-            "expected an encoder per modality, then a fusion of all encoders, then a head of the "
-            f"fusion; found {[(b.name, b.kind, *b.inputs) for b in manifest.blocks][:4]}"
-        )
-    if manifest.blocks[-1].output_shape != (manifest.num_classes,):
-        raise ModelError(
-            f"block {manifest.blocks[-1].name}: outputs of {manifest.blocks[-1].output_shape}, "
-            f"expected ({manifest.num_classes},) classes"
-        )
-    if manifest.class_names and len(manifest.class_names) != manifest.num_classes:
-        raise ModelError(
-            f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
-        )
-    for name in manifest.private_blocks:
-        if name not in known - manifest.modalities.keys():
-            raise ModelError(f"private block {name!r} is no block of the model")
-
-
-def _check_block(block: Block, known: set[str]) -> None:
-    if block.name in known:
-        raise ModelError(f"block {block.name}: the name is used twice")
-    for name in block.inputs:
-        if name not in known:
-            raise ModelError(f"block {block.name}: input {name!r} comes from nowhere before it")
-    for kind, names in (
-        ("parameter", [p.name for p in block.parameters]),
-        ("input", [*block.inputs, *(d.name for d in block.dropouts), "present", "parameters"]),
+    """Encoder chains by modality, then at most one fusion of them all, then the heads."""
+    kinds = [block.kind for block in manifest.blocks]
+    if (
+        kinds != sorted(kinds, key=("encoder", "fusion", "head").index)
+        or kinds.count("fusion") > 1
+        or "head" not in kinds
     ):
-        if len(set(names)) != len(names):
-            raise ModelError(f"block {block.name}: two {kind}s of one name in {names[:6]}")
-    total = sum(_count(parameter.shape) for parameter in block.parameters)
-    if total != block.size:
-        raise ModelError(f"block {block.name}: size {block.size}, its parameters have {total}")
-    artifacts = block.artifacts
-    if artifacts.parameters.num_bytes != 4 * block.size:
-        raise ModelError(f"block {block.name}: initial values of {artifacts.parameters.num_bytes} "
-                         f"bytes, expected {4 * block.size}")  # fmt: skip
-    for artifact in (artifacts.training_model, artifacts.eval_model, artifacts.parameters):
-        folder, _, file = artifact.path.partition("/")
-        if folder != block.name or not file or not file.replace("_", "").replace(".", "").isalnum():
-            raise ModelError(f"block {block.name}: path {artifact.path!r} leads out of its folder")
+        raise ModelError(
+            f"expected encoders, then at most one fusion, then heads; found {kinds[:6]}"
+        )
+    ends = {modality: modality for modality in manifest.modalities}  # of the chains, so far
+    fused: tuple[str, ...] = ()
+    for block in manifest.blocks:
+        if block.kind == "encoder":
+            modality = _extended(block, ends)
+            ends[modality] = block.name
+            is_named = block.name.endswith(f"-{modality}")
+        else:
+            _check_joins(block, fused or tuple(ends.values()), manifest)
+            is_named = block.name == block.kind
+            is_named |= block.kind == "head" and block.name.startswith("head-")
+        if not is_named:
+            raise ModelError(
+                f"block {block.name}: expected the name STAGE-MODALITY of an encoder, fusion, "
+                "head or head-TASK"
+            )
+        fused = (block.name,) if block.kind == "fusion" else fused
+    if len(manifest.heads) > 1 and "head" in {block.name for block in manifest.blocks}:
+        raise ModelError("block head: expected head-TASK where there are several heads")
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for dim in shape:
-        total *= dim
-    return total
+def _extended(encoder: Block, ends: dict[str, str]) -> str:
+    """The modality whose chain this encoder goes on with."""
+    for modality, end in ends.items():
+        if encoder.inputs == (end,):
+            return modality
+    raise ModelError(
+        f"block {encoder.name}: takes {list(encoder.inputs)[:4]}, expected one modality without "
+        "an encoder yet, or the last stage of an encoder before it"
+    )
+
+
+def _check_joins(block: Block, expected: tuple[str, ...], manifest: ModelManifest) -> None:
+    if bare := sorted(manifest.modalities.keys() & set(expected)):
+        raise ModelError(f"modality {bare[0]}: no encoder takes it")
+    if sorted(block.inputs) != sorted(expected):
+        raise ModelError(
+            f"block {block.name}: takes {list(block.inputs)[:4]}, expected {list(expected)[:4]}"
+        )
+
+
+def _check_graphs(manifest: ModelManifest) -> None:
+    """Every graph that training needs is there, and none that it must not run."""
+    reached = differentiated(manifest.blocks)
+    if not reached:
+        raise ModelError("no block trains: all are frozen or without parameters")
+    for block in manifest.blocks:
+        has_own_pass = block.kind != "head" and not block.is_frozen
+        for graph, is_needed in (
+            ("training_forward", has_own_pass),
+            ("training_backward", block.name in reached),
+        ):
+            if (getattr(block.artifacts, graph) is not None) != is_needed:
+                need = "needs a" if is_needed else "needs no"
+                raise ModelError(f"block {block.name}: {need} {graph}")

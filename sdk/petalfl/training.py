@@ -1,22 +1,23 @@
 """Local training: a device's blocks, chained by vector-Jacobian products.
 
-The forward pass runs encoders, fusion and head; the backward pass hands each block the gradient
-of its output. One chained step equals one PyTorch step on the whole model (tests/export/test_law).
+The forward pass runs encoders, fusion and heads; the backward pass hands each block the gradient
+of its outputs. One chained step equals one PyTorch step on the whole model (tests/export/test_law).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.engine import Arrays, Engine
 from petalfl.errors import DataError
-from petalfl.model import Block, ModelManifest
-from petalfl.optimizers import sgd
+from petalfl.model import Block, ModelManifest, differentiated
+from petalfl.optimizers import ClientOptimizer, OptimizerState, Scalars, adamw, sgd
 from petalfl.schema import Limit
 from petalfl.vectors import Vector
 
@@ -26,13 +27,30 @@ Masks = Mapping[str, Mapping[str, NDArray[np.float32]]]  # by block, by mask inp
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """How a device trains in one round; the server sends them with every task."""
+    """How a device trains in one round; the server sends them with every task.
+
+    Attributes:
+        momentum: Of sgd, as ``nesterov``; adamw has ``beta1``, ``beta2`` and ``epsilon``.
+        max_grad_norm: The gradient of all the device's blocks together is scaled down to this
+            Euclidean norm; 0 leaves it as it is.
+        accumulation: A batch is computed in so many parts, one after another, to save memory.
+        proximal_mu: FedProx's μ: pulls shared blocks towards the start of the round by
+            μ · (parameters − start); Li et al. 2020, arXiv:1812.06127.
+    """
 
     learning_rate: Annotated[float, Limit(0.0, 1e3)]
     momentum: Annotated[float, Limit(0.0, 0.9999)] = 0.9
     weight_decay: Annotated[float, Limit(0.0, 1.0)] = 1e-5
     batch_size: Annotated[int, Limit(1, 1 << 16)] = 16
     epochs: Annotated[int, Limit(1, 1000)] = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    nesterov: bool = False
+    beta1: Annotated[float, Limit(0.0, 0.9999)] = 0.9
+    beta2: Annotated[float, Limit(0.0, 0.99999)] = 0.999
+    epsilon: Annotated[float, Limit(1e-16, 1.0)] = 1e-8
+    max_grad_norm: Annotated[float, Limit(0.0, 1e6)] = 0.0
+    accumulation: Annotated[int, Limit(1, 1 << 16)] = 1
+    proximal_mu: Annotated[float, Limit(0.0, 1e3)] = 0.0
 
 
 class TrainingResult(NamedTuple):
@@ -49,57 +67,71 @@ class TrainingResult(NamedTuple):
     loss: float
 
 
+class Step(NamedTuple):
+    """One chained step on one batch.
+
+    Attributes:
+        loss: The tasks' losses, weighted and added.
+        losses: By task, each the mean over the batch, without its weight.
+        gradients: Of ``loss``, by block that trains: ``(block.num_trainable,)``.
+        statistics: By block that has some: the running statistics after the step.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    gradients: dict[str, Vector]
+    statistics: dict[str, Vector]
+
+
 def train(
     engine: Engine,
     manifest: ModelManifest,
     parameters: Parameters,
     inputs: Arrays,
-    labels: NDArray[np.int64],
+    labels: Arrays,
     hyperparameters: Hyperparameters,
     rng: np.random.Generator,
+    *,
+    shared: Collection[str] = (),
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainingResult:
-    """Trains the blocks of the modalities in ``inputs`` for some epochs.
+    """Trains the blocks of the modalities in ``inputs`` and the tasks in ``labels``.
 
     Args:
         parameters: Start values; not changed.
-        inputs: By modality: float32 ``(n, *shape)``.
-        labels: int64 ``(n,)`` in ``[0, num_classes)``.
+        inputs: By modality, as `petalfl.data.check_inputs` returns them.
+        labels: By task, as `petalfl.data.check_labels` returns them.
         rng: Orders the examples and draws the dropout masks: same generator, same result.
+        shared: The blocks that ``proximal_mu`` acts on.
         on_batch: Told the batches done and their total.
 
     Raises:
-        DataError: The loss is no longer finite.
+        DataError: Too few examples, nothing to train, or the loss is no longer finite.
     """
-    held = manifest.blocks_for(inputs)
-    optimizer = sgd(hyperparameters.momentum, hyperparameters.weight_decay)
+    held = manifest.blocks_for(inputs, labels)
+    if not differentiated(held):
+        raise DataError(f"with {', '.join(inputs)} there is nothing to train: all is frozen")
+    num_examples = len(next(iter(inputs.values())))
+    batches = _batches(num_examples, held, hyperparameters, rng)
+    optimizer = _optimizer(engine, manifest, hyperparameters)
     current = {block.name: parameters[block.name] for block in held}
-    states = {name: optimizer.init(vector) for name, vector in current.items()}
-    batches = list(_batches(len(labels), hyperparameters, rng))
+    states = {b.name: optimizer.init(current[b.name][: b.num_trainable]) for b in held}
     losses = []
     for done, batch in enumerate(batches):
-        masks = draw_masks(held, len(batch), rng)
-        batch_inputs = {name: array[batch] for name, array in inputs.items()}
-        loss, gradients = step_gradients(
-            engine, manifest, current, batch_inputs, labels[batch], masks
+        masks = draw_masks(held, len(batch), rng, axis_lengths(inputs))
+        num_parts = min(hyperparameters.accumulation, len(batch) // _min_batch(held))
+        step = _step_in_parts(
+            engine, manifest, current, _take(inputs, batch), _take(labels, batch), masks, num_parts
         )
-        if not np.isfinite(loss):
-            raise DataError(
-                f"training diverged at batch {done + 1}: the loss is {loss}; "
-                f"lower the learning rate (now {hyperparameters.learning_rate:g})"
-            )
-        for name, gradient in gradients.items():
-            current[name], states[name] = optimizer.update(
-                current[name], gradient, states[name], hyperparameters.learning_rate
-            )
-        losses.append(loss)
+        if not np.isfinite(step.loss):
+            raise _diverged(f" at batch {done + 1}: the loss is {step.loss}", hyperparameters)
+        _descend(current, states, optimizer, step.gradients, hyperparameters, shared)
+        _replace_statistics(current, step.statistics)
+        losses.append(step.loss)
         on_batch(done + 1, len(batches))
     if not all(np.isfinite(vector).all() for vector in current.values()):
-        raise DataError(
-            "training diverged: a parameter is NaN or infinite; "
-            f"lower the learning rate (now {hyperparameters.learning_rate:g})"
-        )
-    return TrainingResult(current, len(labels), float(np.mean(losses)))
+        raise _diverged(": a parameter is NaN or infinite", hyperparameters)
+    return TrainingResult(current, num_examples, float(np.mean(losses)))
 
 
 def step_gradients(
@@ -107,89 +139,286 @@ def step_gradients(
     manifest: ModelManifest,
     parameters: Parameters,
     inputs: Arrays,
-    labels: NDArray[np.int64],
+    labels: Arrays,
     masks: Masks,
-) -> tuple[float, dict[str, Vector]]:
-    """The mean loss of one batch, and its gradient by every block held."""
-    held = manifest.blocks_for(inputs)
-    fed = _run_forward(engine, manifest, parameters, inputs, masks, held[:-1])
-    head = held[-1]
-    result = engine.backward(head, parameters[head.name], fed[head.name] | {"labels": labels})
-    gradients = {head.name: result.parameters}
-    upstream = dict(result.inputs)
-    for block in reversed(held[:-1]):
-        g = upstream[block.name]
-        back = engine.backward(block, parameters[block.name], fed[block.name] | {"g": g})
-        gradients[block.name] = back.parameters
-        upstream.update(back.inputs)
-    assert result.loss is not None  # a head always has one
-    return result.loss, gradients
+) -> Step:
+    """The loss of one batch, and its gradient by every block held that trains.
+
+    Args:
+        inputs: By modality.
+        labels: By task; a head without labels is not run.
+        masks: Of `draw_masks`.
+    """
+    held = manifest.blocks_for(inputs, labels)
+    reached = differentiated(held)
+    values, feeds, statistics = _run_forward(engine, manifest, held, parameters, inputs, masks)
+    tasks = {head.name: task for task, head in manifest.heads.items()}
+    upstream: dict[str, NDArray[np.float32]] = {}  # the gradient by tensor name
+    losses, gradients, total = {}, {}, 0.0
+    for block in reversed(held):
+        feed = feeds.pop(block.name)  # what it saved is let go of when its turn is over
+        if block.name not in reached:
+            continue
+        if block.name in tasks:
+            feed["labels"] = labels[tasks[block.name]]
+        else:
+            feed |= _upstream_of(block, upstream, values)
+        back = engine.backward(block, parameters[block.name], feed)
+        weight = block.task.weight if block.task else 1.0
+        if back.loss is not None:
+            losses[tasks[block.name]] = back.loss
+            total += weight * back.loss
+        if back.parameters is not None:
+            gradients[block.name] = _times(weight, back.parameters)
+        if back.statistics is not None:
+            statistics[block.name] = back.statistics
+        for name, gradient in back.inputs.items():
+            _add(upstream, name, _times(weight, gradient))
+    return Step(total, losses, gradients, statistics)
 
 
-def predict_logits(
-    engine: Engine, manifest: ModelManifest, parameters: Parameters, inputs: Arrays
-) -> NDArray[np.float32]:
-    """Logits ``(n, num_classes)`` for the modalities in ``inputs``, dropout off."""
-    held = manifest.blocks_for(inputs)
-    fed = _run_forward(engine, manifest, parameters, inputs, {}, held[:-1])
-    head = held[-1]
-    return engine.forward(head, parameters[head.name], fed[head.name])
+def predict_outputs(
+    engine: Engine,
+    manifest: ModelManifest,
+    parameters: Parameters,
+    inputs: Arrays,
+    tasks: Collection[str] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """What the heads put out for the modalities in ``inputs``, by task; in inference."""
+    held = manifest.blocks_for(inputs, tasks)
+    values = dict(inputs)
+    for block in held:
+        feed = _feed(manifest, block, values, {})
+        values.update(engine.evaluate(block, parameters[block.name], feed))
+    return {
+        task: values[head.outputs[0].name] for task, head in manifest.heads.items() if head in held
+    }
 
 
 def draw_masks(
-    blocks: tuple[Block, ...], batch_size: int, rng: np.random.Generator
+    blocks: tuple[Block, ...],
+    batch_size: int,
+    rng: np.random.Generator,
+    lengths: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """One dropout mask per layer and block: 0 with the layer's rate, else 1 / (1 - rate)."""
+    """One dropout mask per layer and block: 0 with the layer's rate, else 1 / (1 - rate).
+
+    Args:
+        lengths: Of the inputs' axes, for masks of varying shape; see `axis_lengths`.
+    """
     masks: dict[str, dict[str, NDArray[np.float32]]] = {}
     for block in blocks:
         masks[block.name] = {}
         for d in block.dropouts:
-            is_kept = rng.random((batch_size, *d.shape), dtype=np.float32) >= d.rate
+            shape = (batch_size, *d.sizes(lengths))
+            is_kept = rng.random(shape, dtype=np.float32) >= d.rate
             masks[block.name][d.name] = is_kept * np.float32(1 / (1 - d.rate))
     return masks
+
+
+def axis_lengths(inputs: Arrays) -> dict[str, int]:
+    """By ``MODALITY.AXIS``: the length of every axis of the inputs but the batch."""
+    return {
+        f"{name}.{axis}": length
+        for name, array in inputs.items()
+        for axis, length in enumerate(array.shape)
+        if axis
+    }
+
+
+def _step_in_parts(
+    engine: Engine,
+    manifest: ModelManifest,
+    parameters: Parameters,
+    inputs: Arrays,
+    labels: Arrays,
+    masks: Masks,
+    num_parts: int,
+) -> Step:
+    """A step on a batch in ``num_parts``: weighted by length, their mean is the whole batch's."""
+    if num_parts == 1:
+        return step_gradients(engine, manifest, parameters, inputs, labels, masks)
+    current = dict(parameters)
+    num_examples = len(next(iter(inputs.values())))
+    losses: dict[str, float] = {}
+    gradients: dict[str, Vector] = {}
+    statistics: dict[str, Vector] = {}
+    total = 0.0
+    for part in np.array_split(np.arange(num_examples), num_parts):
+        part_masks = {block: _take(by_name, part) for block, by_name in masks.items()}
+        step = step_gradients(
+            engine, manifest, current, _take(inputs, part), _take(labels, part), part_masks
+        )
+        statistics |= step.statistics
+        _replace_statistics(current, step.statistics)
+        share = len(part) / num_examples
+        total += share * step.loss
+        for task, loss in step.losses.items():
+            losses[task] = losses.get(task, 0.0) + share * loss
+        for name, gradient in step.gradients.items():
+            _add(gradients, name, _times(share, gradient))
+    return Step(total, losses, gradients, statistics)
 
 
 def _run_forward(
     engine: Engine,
     manifest: ModelManifest,
+    held: tuple[Block, ...],
     parameters: Parameters,
     inputs: Arrays,
     masks: Masks,
-    blocks: tuple[Block, ...],
-) -> dict[str, dict[str, NDArray[Any]]]:
-    """Runs ``blocks`` and returns what every block, and the head after them, is fed."""
+) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, NDArray[Any]]], dict[str, Vector]]:
+    """Runs all but the heads.
+
+    Returns:
+        Every tensor by its name; by block, what its backward pass is fed; new statistics.
+    """
     values = dict(inputs)
-    fed = {}
-    for block in blocks:
-        fed[block.name] = _feed(manifest, block, values, masks)
-        values[block.name] = engine.forward(block, parameters[block.name], fed[block.name])
-    head = manifest.blocks[-1]
-    fed[head.name] = _feed(manifest, head, values, masks)
-    return fed
+    feeds: dict[str, dict[str, NDArray[Any]]] = {}
+    statistics: dict[str, Vector] = {}
+    for block in held:
+        feeds[block.name] = _feed(manifest, block, values, masks)
+        if block.kind == "head":
+            continue
+        result = engine.forward(block, parameters[block.name], feeds[block.name])
+        values |= result.outputs
+        feeds[block.name] |= result.saved
+        if result.statistics is not None:
+            statistics[block.name] = result.statistics
+    return values, feeds, statistics
 
 
 def _feed(
     manifest: ModelManifest, block: Block, values: Arrays, masks: Masks
 ) -> dict[str, NDArray[Any]]:
+    """What a block is fed; zeros stand in for blocks that the device lacks."""
     length = len(next(iter(values.values())))
-    feed = {
-        name: values[name]
-        if name in values
-        else np.zeros((length, *manifest.block(name).output_shape), np.float32)
-        for name in block.inputs
-    }
-    if block.kind == "fusion":
-        row = np.array([name in values for name in block.inputs], np.float32)
-        feed["present"] = np.tile(row, (length, 1))  # (b, M)
+    feed: dict[str, NDArray[Any]] = {}
+    is_present = []
+    for name in block.inputs:
+        if name in manifest.modalities:
+            feed[name] = values[name]
+            continue
+        outputs = manifest.block(name).outputs
+        is_present.append(outputs[0].name in values)
+        for tensor in outputs:
+            shape = (length, *(dim or 1 for dim in tensor.shape))
+            feed[tensor.name] = (
+                values[tensor.name] if is_present[-1] else np.zeros(shape, np.float32)
+            )
+    if block.is_joint and manifest.missing == "mask":
+        feed["present"] = np.tile(np.array(is_present, np.float32), (length, 1))  # (b, M)
     return feed | dict(masks.get(block.name, {}))
 
 
+def _upstream_of(
+    block: Block, upstream: Mapping[str, NDArray[np.float32]], values: Arrays
+) -> dict[str, NDArray[np.float32]]:
+    """The gradient by each output; zeros by one that no loss depends on."""
+    return {
+        f"d_{tensor.name}": upstream[tensor.name]
+        if tensor.name in upstream
+        else np.zeros_like(values[tensor.name])
+        for tensor in block.outputs
+    }
+
+
+def _optimizer(
+    engine: Engine, manifest: ModelManifest, hyperparameters: Hyperparameters
+) -> ClientOptimizer:
+    h, graph = hyperparameters, manifest.optimizers[hyperparameters.optimizer]
+    if h.optimizer == "sgd":
+        return sgd(
+            engine,
+            graph,
+            momentum=h.momentum,
+            nesterov=h.nesterov,
+            weight_decay=h.weight_decay,
+        )
+    return adamw(
+        engine,
+        graph,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        epsilon=h.epsilon,
+        weight_decay=h.weight_decay,
+    )
+
+
+def _descend(
+    current: dict[str, Vector],
+    states: dict[str, OptimizerState],
+    optimizer: ClientOptimizer,
+    gradients: Mapping[str, Vector],
+    hyperparameters: Hyperparameters,
+    shared: Collection[str],
+) -> None:
+    """One optimizer step of every block with a gradient; replaces its vector and its state."""
+    scale = _clipping_scale(gradients, hyperparameters.max_grad_norm)
+    for name, gradient in gradients.items():
+        mu = hyperparameters.proximal_mu if name in shared else 0.0
+        scalars = Scalars(hyperparameters.learning_rate, scale, mu)
+        vector, end = current[name], gradient.size
+        moved, states[name] = optimizer.update(vector[:end], gradient, states[name], scalars)
+        current[name] = _joined(moved, vector[end:])
+
+
+def _diverged(what: str, hyperparameters: Hyperparameters) -> DataError:
+    advice = f"lower the learning rate (now {hyperparameters.learning_rate:g})"
+    return DataError(f"training diverged{what}; {advice}")
+
+
+def _clipping_scale(gradients: Mapping[str, Vector], max_norm: float) -> float:
+    """As `torch.nn.utils.clip_grad_norm_` on the device's whole model."""
+    if not max_norm:
+        return 1.0
+    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values()))
+    return float(min(1.0, max_norm / (norm + 1e-6)))
+
+
+def _replace_statistics(current: dict[str, Vector], statistics: Mapping[str, Vector]) -> None:
+    for name, tail in statistics.items():
+        current[name] = _joined(current[name][: current[name].size - tail.size], tail)
+
+
+def _joined(parameters: Vector, statistics: Vector) -> Vector:
+    return np.concatenate([parameters, statistics]) if statistics.size else parameters
+
+
+def _add(sums: dict[str, NDArray[np.float32]], name: str, summand: NDArray[np.float32]) -> None:
+    sums[name] = sums[name] + summand if name in sums else summand
+
+
 def _batches(
-    num_examples: int, hyperparameters: Hyperparameters, rng: np.random.Generator
+    num_examples: int,
+    held: tuple[Block, ...],
+    hyperparameters: Hyperparameters,
+    rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
+    """Indices of every epoch's batches, but for those too short to train on."""
     batches: list[NDArray[np.int64]] = []
     for _ in range(hyperparameters.epochs):
         order = rng.permutation(num_examples)
         splits = range(hyperparameters.batch_size, num_examples, hyperparameters.batch_size)
         batches.extend(np.split(order, splits))
+    shortest = _min_batch(held)
+    batches = [batch for batch in batches if len(batch) >= shortest]
+    if not batches:
+        needs = next(block.name for block in held if block.min_batch == shortest)
+        raise DataError(
+            f"block {needs} trains on batches of at least {shortest}, found "
+            f"{num_examples} examples in batches of {hyperparameters.batch_size}"
+        )
     return batches
+
+
+def _min_batch(held: tuple[Block, ...]) -> int:
+    return max(block.min_batch for block in held)
+
+
+def _take(arrays: Arrays, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    return {name: array[indices] for name, array in arrays.items()}
+
+
+def _times(factor: float, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vector if factor == 1 else vector * np.float32(factor)

@@ -1,4 +1,4 @@
-"""A block's parameters: one flat float32 vector, and its bytes."""
+"""A block's parameters and running statistics: one flat float32 vector, and its bytes."""
 
 from __future__ import annotations
 

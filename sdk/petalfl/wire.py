@@ -1,6 +1,6 @@
 """The wire: every message between device and server, as bytes and back.
 
-A message is one msgpack map: ``{"v": 1, "t": type, ...fields}``. `decode` is the door: what it
+A message is one msgpack map: ``{"v": 2, "t": type, ...fields}``. `decode` is the door: what it
 returns is well-formed, and hostile bytes raise `WireError` alone. A block update travels as one
 `UpdateManifest`, its chunks, and a `Fin`; only the server's `Receipt` ends it.
 """
@@ -21,7 +21,7 @@ from petalfl.schema import Limit, Name, Sha256, plain, read
 from petalfl.training import Hyperparameters
 from petalfl.vectors import Vector, from_bytes
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 CHUNK_BYTES = 120 * 1024
 MAX_HEADER_BYTES = 2048
 MAX_MESSAGE_BYTES = CHUNK_BYTES + MAX_HEADER_BYTES
@@ -41,9 +41,14 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A device can take a task, now or again after a break; retained."""
+    """A device can take a task, now or again after a break; retained.
+
+    Attributes:
+        tasks: The model's tasks that it has labels of, and so trains the heads of.
+    """
 
     modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
+    tasks: Annotated[tuple[Name, ...], Limit(1, 128)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +233,7 @@ def decode_payload(manifest: UpdateManifest, payload: bytes, device: str, size: 
     """The update in a complete payload.
 
     Args:
-        size: The block's number of parameters.
+        size: Of the block's vector.
 
     Raises:
         WireError: Wrong length or digest, or a value that is not finite.

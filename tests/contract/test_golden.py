@@ -38,48 +38,52 @@ SHA = "ab" * 32
 ID_HEX = "a9 7570646174655f6964  c410 000102030405060708090a0b0c0d0e0f"
 SHA_HEX = "a6 736861323536  d940" + "6162" * 32
 GOLDEN: dict[str, tuple[Message, str]] = {
-    "status": (Status(True), "83 a176 01  a174 a6 737461747573  a9 69735f6f6e6c696e65 c3"),
+    "status": (Status(True), "83 a176 02  a174 a6 737461747573  a9 69735f6f6e6c696e65 c3"),
     "ready": (
-        Ready(("acc", "gyro")),
-        "83 a176 01  a174 a5 7265616479  aa 6d6f64616c6974696573 92 a3 616363 a4 6779726f",
+        Ready(("acc", "gyro"), ("head",)),
+        "84 a176 02  a174 a5 7265616479  aa 6d6f64616c6974696573 92 a3 616363 a4 6779726f"
+        "a5 7461736b73 91 a4 68656164",
     ),
     "update": (
         UpdateManifest(ID, "head", 3, 2, 70, "f32", 400, SHA),
-        "8a a176 01  a174 a6 757064617465 " + ID_HEX + " a5 626c6f636b a4 68656164"
+        "8a a176 02  a174 a6 757064617465 " + ID_HEX + " a5 626c6f636b a4 68656164"
         "a9 726f756e645f6e756d 03  ac 626173655f76657273696f6e 02  ac 6e756d5f6578616d706c6573 46"
         "a5 636f646563 a3 663332  a9 6e756d5f6279746573 cd0190 " + SHA_HEX,
     ),
     "chunk": (
         Chunk(ID, 1, b"\0\1"),
-        "85 a176 01  a174 a5 6368756e6b " + ID_HEX + " a5 696e646578 01  a4 64617461 c402 0001",
+        "85 a176 02  a174 a5 6368756e6b " + ID_HEX + " a5 696e646578 01  a4 64617461 c402 0001",
     ),
-    "fin": (Fin(ID), "83 a176 01  a174 a3 66696e " + ID_HEX),
+    "fin": (Fin(ID), "83 a176 02  a174 a3 66696e " + ID_HEX),
     "report": (
         Report(ID, 3, 70, 1.5),
-        "86 a176 01  a174 a6 7265706f7274 " + ID_HEX + " a9 726f756e645f6e756d 03"
+        "86 a176 02  a174 a6 7265706f7274 " + ID_HEX + " a9 726f756e645f6e756d 03"
         "ac 6e756d5f6578616d706c6573 46  a4 6c6f7373 cb3ff8000000000000",
     ),
     "receipt": (
         Receipt(ID, "missing", "", b"\5"),
-        "86 a176 01  a174 a7 72656365697074 " + ID_HEX + " a6 737461747573 a7 6d697373696e67"
+        "86 a176 02  a174 a7 72656365697074 " + ID_HEX + " a6 737461747573 a7 6d697373696e67"
         "a6 726561736f6e a0  a7 6d697373696e67 c401 05",
     ),
     "version": (
         BlockVersion(4, SHA),
-        "84 a176 01  a174 a7 76657273696f6e  a7 76657273696f6e 04 " + SHA_HEX,
+        "84 a176 02  a174 a7 76657273696f6e  a7 76657273696f6e 04 " + SHA_HEX,
     ),
     "task": (
         Task(3, 60, Hyperparameters(0.05), 7, {"fusion": BlockVersion(2, SHA)}),
-        "87 a176 01  a174 a4 7461736b  a9 726f756e645f6e756d 03  aa 6e756d5f726f756e6473 3c"
-        "af 6879706572706172616d6574657273 85"
+        "87 a176 02  a174 a4 7461736b  a9 726f756e645f6e756d 03  aa 6e756d5f726f756e6473 3c"
+        "af 6879706572706172616d6574657273 8d"
         "  ad 6c6561726e696e675f72617465 cb3fa999999999999a  a8 6d6f6d656e74756d cb3feccccccccccccd"
         "  ac 7765696768745f6465636179 cb3ee4f8b588e368f1  aa 62617463685f73697a65 10"
-        "  a6 65706f636873 01"
+        "  a6 65706f636873 01  a9 6f7074696d697a6572 a3 736764  a8 6e65737465726f76 c2"
+        "  a5 6265746131 cb3feccccccccccccd  a5 6265746132 cb3feff7ced916872b"
+        "  a7 657073696c6f6e cb3e45798ee2308c3a  ad 6d61785f677261645f6e6f726d cb0000000000000000"
+        "  ac 616363756d756c6174696f6e 01  ab 70726f78696d616c5f6d75 cb0000000000000000"
         "a4 73656564 07  a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 02 " + SHA_HEX,
     ),
     "finish": (
         Finish({"fusion": BlockVersion(9, SHA)}),
-        "83 a176 01  a174 a6 66696e697368"
+        "83 a176 02  a174 a6 66696e697368"
         "a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 09 " + SHA_HEX,
     ),
 }
@@ -97,7 +101,7 @@ def test_every_message_type_is_pinned() -> None:
 
 
 def pack(**fields: object) -> bytes:
-    packed: bytes = msgpack.packb({"v": 1, **fields})
+    packed: bytes = msgpack.packb({"v": 2, **fields})
     return packed
 
 
@@ -113,13 +117,17 @@ def update(**changes: object) -> bytes:
 
 def report(loss: bytes, num_examples: bytes = b"\x46") -> bytes:
     return bytes.fromhex(
-        "86 a176 01  a174 a6 7265706f7274 " + ID_HEX + " a9 726f756e645f6e756d 03"
+        "86 a176 02  a174 a6 7265706f7274 " + ID_HEX + " a9 726f756e645f6e756d 03"
         "ac 6e756d5f6578616d706c6573" + num_examples.hex() + "a4 6c6f7373" + loss.hex()
     )
 
 
 def ready(modalities: bytes) -> bytes:
-    return bytes.fromhex("83 a176 01 a174 a5 7265616479 aa 6d6f64616c6974696573") + modalities
+    return (
+        bytes.fromhex("84 a176 02 a174 a5 7265616479 a5 7461736b73 91 a4 68656164")
+        + bytes.fromhex("aa 6d6f64616c6974696573")
+        + modalities
+    )
 
 
 def task(num_blocks: int) -> bytes:
@@ -152,11 +160,12 @@ ATTACKS: dict[str, bytes] = {
     "too long": encode(Chunk(ID, 0, bytes(CHUNK_BYTES))) + bytes(MAX_MESSAGE_BYTES),
     # Version and type
     "no version": msgpack.packb({"t": "status", "is_online": True}),
-    "newer version": pack(v=2, t="status", is_online=True),
+    "older version": pack(v=1, t="status", is_online=True),
+    "newer version": pack(v=3, t="status", is_online=True),
     "version true": pack(v=True, t="status", is_online=True),
-    "version 1.0": pack(v=1.0, t="status", is_online=True),
-    "version as text": pack(v="1", t="status", is_online=True),
-    "a list as version": pack(v=[1], t="status", is_online=True),
+    "version 2.0": pack(v=2.0, t="status", is_online=True),
+    "version as text": pack(v="2", t="status", is_online=True),
+    "a list as version": pack(v=[2], t="status", is_online=True),
     "no type": pack(is_online=True),
     "unknown type": pack(t="shell", command="rm -rf /"),
     "type is a list": pack(t=["fin"], update_id=ID),
@@ -212,6 +221,10 @@ ATTACKS: dict[str, bytes] = {
     "chunk index negative": pack(t="chunk", update_id=ID, index=-1, data=b"x"),
     "chunk index far out": pack(t="chunk", update_id=ID, index=(1 << 20) + 1, data=b"x"),
     "no modalities": ready(b"\x90"),
+    "no tasks": pack(t="ready", modalities=["acc"], tasks=[]),
+    "129 tasks": pack(t="ready", modalities=["acc"], tasks=["head"] * 129),
+    "a task climbs": pack(t="ready", modalities=["acc"], tasks=["../head"]),
+    "unsaid tasks": pack(t="ready", modalities=["acc"]),
     "65 modalities": ready(b"\xdc\x00\x41" + b"\xa1a" * 65),
     "modalities as text": ready(b"\xa3acc"),
     "modalities as map": ready(b"\x81\xa3acc\x01"),
@@ -226,6 +239,10 @@ ATTACKS: dict[str, bytes] = {
                               hyperparameters={"learning_rate": float("nan")}),
     "batch of nothing": pack(t="task", round_num=1, num_rounds=0, seed=0, blocks={},
                              hyperparameters={"learning_rate": 0.1, "batch_size": 0}),
+    "unknown optimizer": pack(t="task", round_num=1, num_rounds=0, seed=0, blocks={},
+                              hyperparameters={"learning_rate": 0.1, "optimizer": "lion"}),
+    "nesterov as a number": pack(t="task", round_num=1, num_rounds=0, seed=0, blocks={},
+                                 hyperparameters={"learning_rate": 0.1, "nesterov": 1}),
     # Extension types decode silently unless they are refused
     "extension": receipt(missing=msgpack.ExtType(5, b"payload")),
     "extension of nothing": ready(b"\xc7\x00\x05"),

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 from examples.android_sim import __main__ as android_sim
 from examples.android_sim.data import devices
@@ -66,13 +68,26 @@ def test_links_lead_somewhere() -> None:
 
 def test_export_serve_and_embed(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(PYTHON[0])
-    subprocess.run(command("python -m export"), cwd=tmp_path, env=ENVIRONMENT, check=True)
+    run_all("python -m export my_model", tmp_path)
     with running_server(tmp_path) as (url, token):
         apps = [start_app(tmp_path / f"app-{i}", i, url, token) for i in range(2)]
         outputs = [app.communicate(timeout=120)[0] for app in apps]
     for app, output in zip(apps, outputs, strict=True):
         assert app.returncode == 0, output
         assert re.fullmatch(r"\[[0-6]\]", output.strip().splitlines()[-1])
+    for form in ("inspect", "verify", "merge"):
+        run_all(f"python -m export {form}", tmp_path)
+    assert torch.load(tmp_path / "model.pt").keys()
+    assert [i.name for i in onnx.load(tmp_path / "model.onnx").graph.input] == ["acc"]
+
+
+def run_all(start: str, folder: Path) -> None:
+    """The README's commands that start so."""
+    lines = [c for c in COMMANDS if c.startswith(start)]
+    assert lines
+    for line in lines:
+        words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+        subprocess.run(words, cwd=folder, env=ENVIRONMENT, check=True)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class Server:
         """A block's version as the server's file has it."""
         block = ModelManifest.load(self._artifacts).block(name)
         tensors = load_file(self.data_dir / "blocks" / name / f"{version}.safetensors")
-        return np.concatenate([tensors[p.name].ravel() for p in block.parameters])
+        return np.concatenate([tensors[p.name].ravel() for p in block.tensors])
 
 
 @contextlib.contextmanager

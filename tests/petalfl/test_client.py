@@ -164,6 +164,7 @@ BAD_DATA = {
     "fewer labels": ({"labels": LABELS[:9]}, r"labels: found int64 \(9,\)"),
     "a class too many": ({"labels": LABELS + 1}, "labels: found 1 to 3, expected 0 to 2"),
     "no labels": ({"labels": None}, r"labels: .* expected integers \(24,\)"),
+    "by task": ({"labels": {"head": LABELS[:9]}}, r"labels of head: found int64 \(9,\)"),
 }
 
 
@@ -176,6 +177,12 @@ def test_bad_data(idle: Server, make: Make, changes: dict[str, Any], message: st
 def test_a_modality_that_the_model_lacks(idle: Server, make: Make) -> None:
     with pytest.raises(PetalError, match="found modality 'eeg', the model has a, b"):
         make(idle, data={"a": A, "eeg": A}).run()
+
+
+@pytest.mark.parametrize(("labels", "found"), [({"mood": LABELS}, "task 'mood'"), ({}, "no task")])
+def test_a_task_that_the_model_lacks(idle: Server, make: Make, labels: Any, found: str) -> None:
+    with pytest.raises(PetalError, match=f"found {found}, the model has head"):
+        make(idle, labels=labels).run()
 
 
 @pytest.mark.parametrize("device", ["A", "a/b", "+", "#", "x" * 65, "-a", "a b", "é", ".."])
@@ -490,9 +497,9 @@ def test_a_round_that_came_to_nothing_is_taken_back(
     starts: list[dict[str, Any]] = []
     train, deliver = petalfl.training.train, Uplink.deliver
 
-    def spy(*arguments: Any) -> TrainingResult:
+    def spy(*arguments: Any, **more: Any) -> TrainingResult:
         starts.append(dict(arguments[2]))
-        return train(*arguments)
+        return train(*arguments, **more)
 
     async def lose_round_1(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
         message = wire.decode(outgoing.message)

@@ -5,18 +5,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from petalfl.data import check_inputs, check_labels
+from petalfl.data import check_inputs, check_labels, fits
 from petalfl.errors import DataError
-from petalfl.model import Modality, ModelManifest
+from petalfl.model import Block, Modality, ModelManifest, Task
+from tests.petalfl.builders import make_block, make_manifest
 
-MANIFEST = ModelManifest(
-    format_version=1,
-    name="m",
-    modalities={"acc": Modality((3, 4)), "hr": Modality((2,)), "temp": Modality(())},
-    blocks=(),
-    loss="cross_entropy",
-    num_classes=3,
-)
+
+def manifest_of(*heads: Block) -> ModelManifest:
+    modalities = {
+        "acc": Modality((3, 4)), "hr": Modality((2,)), "temp": Modality(()),
+        "words": Modality((None,), "int64", 100), "image": Modality((1, None, None)),
+        "place": Modality((), "int64", 5),
+    }  # fmt: skip
+    encoders = [make_block(f"encoder-{name}", (name,), 1, 1) for name in modalities]
+    return make_manifest(modalities, *encoders, *heads)
+
+
+def head(name: str, task: Task, width: int = 3) -> Block:
+    inputs = tuple(f"encoder-{m}" for m in ("acc", "hr", "temp", "words", "image", "place"))
+    return make_block(name, inputs, width, 6, task=task)
+
+
+MANIFEST = manifest_of(head("head", Task("cross_entropy")))
+SEVERAL = manifest_of(
+    head("head-kind", Task("cross_entropy")), head("head-tags", Task("bce_with_logits")),
+    head("head-pace", Task("mse"), 2), head("head-angle", Task("l1"), 1),
+)  # fmt: skip
+MODALITIES = "acc, hr, image, place, temp, words"  # sorted by the manifest's JSON
 
 
 def acc(n: int = 2, dtype: str = "f4") -> Any:
@@ -68,8 +83,8 @@ def test_the_app_keeps_its_arrays() -> None:
 
 
 BAD_INPUTS = {
-    "none": ({}, "no modality was given, the model has acc, hr, temp"),
-    "unknown": ({"eeg": acc()}, "unknown modality 'eeg', the model has acc, hr, temp"),
+    "none": ({}, f"no modality was given, the model has {MODALITIES}"),
+    "unknown": ({"eeg": acc()}, f"unknown modality 'eeg', the model has {MODALITIES}"),
     "one unknown": ({"acc": acc(), "": acc()}, "unknown modality ''"),
     "one example": ({"acc": acc()[0]}, r"acc: found shape \(3, 4\), expected \(n, 3, 4\)"),
     "channels last": ({"acc": np.zeros((2, 4, 3))}, r"acc: found shape \(2, 4, 3\)"),
@@ -90,13 +105,60 @@ BAD_INPUTS = {
     "empty": ({"acc": acc(0)}, r"at least 1, found \{'acc': 0\}"),
     "one empty": ({"acc": acc(), "hr": np.zeros((0, 2))}, r"found \{'acc': 2, 'hr': 0\}"),
     "unequal": ({"acc": acc(2), "hr": np.zeros((3, 2))}, r"found \{'acc': 2, 'hr': 3\}"),
-}
+    "words of floats": ({"words": np.zeros((2, 3))}, "words: found float64, expected integers"),
+    "words of bools": ({"words": np.zeros((2, 3), bool)}, "words: found bool, expected integers"),
+    "a word too many": ({"words": [[0, 100]]}, "words: found 0 to 100, expected 0 to 99"),
+    "a negative word": ({"words": [[-1, 5]]}, "words: found -1 to 5, expected 0 to 99"),
+    "a word beyond int64": (
+        {"words": np.array([[2**63]], np.uint64)}, "words: found 9223372036854775808 to .* to 99"
+    ),
+    "no words": ({"words": np.zeros((2, 0), np.int64)},
+                 r"words: found shape \(2, 0\), expected \(n, any\)"),
+    "words by sentence": ({"words": np.zeros((2, 3, 4), np.int64)}, r"expected \(n, any\)"),
+    "no image": ({"image": np.zeros((2, 3, 4, 4))}, r"image: .* expected \(n, 1, any, any\)"),
+    "no place": ({"place": 3}, r"place: found shape \(\), expected \(n\)"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
 def test_bad_inputs(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_inputs(MANIFEST, inputs)
+
+
+INTEGERS = {
+    "int64": np.array([[0, 99], [5, 7]]),
+    "uint8": np.array([[0, 99], [5, 7]], np.uint8),
+    "big-endian": np.array([[0, 99], [5, 7]], ">i4"),
+    "lists": [[0, 99], [5, 7]],
+    "strided": np.array([[0, 1, 99], [5, 1, 7]])[:, ::2],
+}
+
+
+@pytest.mark.parametrize("words", INTEGERS.values(), ids=INTEGERS.keys())
+def test_integers_become_contiguous_int64(words: Any) -> None:
+    found = check_inputs(MANIFEST, {"words": words})["words"]
+    assert found.dtype == np.int64
+    assert found.flags.c_contiguous
+    assert found.tolist() == [[0, 99], [5, 7]]
+
+
+def test_axes_that_vary() -> None:
+    for width in (1, 2, 50):
+        given = {"words": np.zeros((2, width), np.int64), "image": np.zeros((2, 1, width, 3))}
+        assert check_inputs(MANIFEST, given)["image"].shape == (2, 1, width, 3)
+
+
+FITS = [
+    ((), (), True), ((3,), (3,), True), ((3,), (None,), True), ((0,), (None,), False),
+    ((3,), (4,), False), ((3,), (), False), ((), (None,), False), ((1, 2), (None, 2), True),
+    ((1, 2), (None, 3), False), ((1, 2), (None,), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "expected", "is_fit"), FITS)
+def test_fits(shape: tuple[int, ...], expected: tuple[int | None, ...], is_fit: bool) -> None:
+    assert fits(shape, expected) is is_fit
 
 
 def test_ragged_lists() -> None:
@@ -121,9 +183,11 @@ GOOD_LABELS = {
 
 @pytest.mark.parametrize("labels", GOOD_LABELS.values(), ids=GOOD_LABELS.keys())
 def test_good_labels_become_int64(labels: Any) -> None:
-    found = check_labels(MANIFEST, labels, 3)
-    assert found.dtype == np.int64
-    assert found.tolist() == [0, 2, 1]
+    for given in (labels, {"head": labels}):
+        found = check_labels(MANIFEST, given, 3)
+        assert found.keys() == {"head"}
+        assert found["head"].dtype == np.int64
+        assert found["head"].tolist() == [0, 2, 1]
 
 
 BAD_LABELS = {
@@ -147,3 +211,45 @@ BAD_LABELS = {
 def test_bad_labels(labels: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"labels: .*{message}"):
         check_labels(MANIFEST, labels, 2)
+
+
+def test_labels_by_task() -> None:
+    """Of some tasks or all, in whatever order."""
+    given: dict[str, Any] = {
+        "pace": [[1, 2], [3, 4.5]],
+        "kind": [0, 2],
+        "tags": np.array([[True, False, True], [False, False, True]]),
+        "angle": np.array([[-1e3], [1e3]]),
+    }
+    found = check_labels(SEVERAL, given, 2)
+    assert found.keys() == given.keys()
+    assert {task: array.dtype for task, array in found.items()} == {
+        "pace": np.float32, "kind": np.int64, "tags": np.float32, "angle": np.float32
+    }  # fmt: skip
+    assert found["tags"].tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert found["pace"].tolist() == [[1, 2], [3, 4.5]]
+    assert check_labels(SEVERAL, {"kind": [0, 2]}, 2).keys() == {"kind"}
+
+
+BAD_BY_TASK = {
+    "an array": ([0, 1], "labels: expected a mapping by task, of some of kind, tags, pace, angle"),
+    "no task": ({}, "labels: found no task, the model has kind, tags, pace, angle"),
+    "unknown": ({"mood": [0, 1]}, "labels: unknown task 'mood', the model has kind, tags"),
+    "too high": ({"kind": [0, 3]}, "labels of kind: found 0 to 3, expected 0 to 2"),
+    "classes for tags": (
+        {"tags": [0, 1]}, r"labels of tags: found int64 \(2,\), expected numbers \(2, 3\)"
+    ),
+    "one too few": ({"pace": [[1, 2]]}, r"labels of pace: .* expected numbers \(2, 2\)"),
+    "flat": ({"angle": [1.0, 2.0]}, r"labels of angle: .* expected numbers \(2, 1\)"),
+    "tags of 2": ({"tags": [[0, 1, 2], [0, 0, 0]]}, "tags: found 0 to 2, expected 0 to 1"),
+    "tags below 0": ({"tags": [[0, 1, -0.5], [0, 0, 0]]}, "tags: found -0.5 to 1, expected 0 to 1"),
+    "NaN": ({"pace": [[1, 2], [3, np.nan]]}, "labels of pace: example 1 holds NaN or infinity"),
+    "text": ({"pace": [["1", "2"], ["3", "4"]]}, "labels of pace: found <U1, expected numbers"),
+    "ragged": ({"pace": [[1, 2], [3]]}, "labels of pace: found no array"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "message"), BAD_BY_TASK.values(), ids=BAD_BY_TASK.keys())
+def test_bad_labels_by_task(labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_labels(SEVERAL, labels, 2)

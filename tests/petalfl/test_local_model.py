@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,17 @@ from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.vectors import Vector, from_bytes
 from tests.export.tiny import small
+from tests.petalfl.torch_models import several
 
 Inputs = dict[str, NDArray[np.float32]]
 SUBSETS = [("a",), ("b",), ("a", "b")]
 
 
-def open_model(folder: Path, modalities: tuple[str, ...]) -> LocalModel:
+def open_model(
+    folder: Path, modalities: tuple[str, ...], tasks: tuple[str, ...] | None = None
+) -> LocalModel:
     manifest = ModelManifest.load(folder)
-    held = manifest.blocks_for(modalities)
+    held = manifest.blocks_for(modalities, tasks)
     initial = {
         block.name: from_bytes(read_artifact(folder, block.artifacts.parameters), block.size)
         for block in held
@@ -161,3 +165,98 @@ def test_damaged_artifact(small_artifacts: Path, tmp_path: Path, inputs: Inputs)
     model = LocalModel.open(manifest, tmp_path, manifest.blocks, 1).with_parameters(parameters)
     with pytest.raises(ModelError, match=f"{path} is damaged or was swapped"):
         model.predict_proba(inputs)
+
+
+def test_the_most_likely_class(model: LocalModel, inputs: Inputs) -> None:
+    found = model.predict(inputs)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, model.predict_proba(inputs).argmax(axis=1))
+
+
+# A model of three tasks, frozen and running statistics, words of any number
+
+
+MOTION_AND_TEXT = ("motion", "text")
+
+
+@pytest.fixture
+def rich_inputs() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "motion": rng.standard_normal((6, 5), dtype=np.float32),
+        "text": rng.integers(0, 11, (6, 9)),
+    }
+
+
+def torch_outputs(inputs: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        outputs = several().eval()({name: torch.from_numpy(x) for name, x in inputs.items()})
+    assert isinstance(outputs, dict)
+    return outputs
+
+
+@pytest.mark.parametrize("modalities", [("motion",), ("text",), MOTION_AND_TEXT])
+def test_every_task_is_predicted_as_pytorch_does(
+    several_artifacts: Path, rich_inputs: dict[str, Any], modalities: tuple[str, ...]
+) -> None:
+    given = {name: rich_inputs[name] for name in modalities}
+    expected = torch_outputs(given)
+    model = open_model(several_artifacts, modalities)
+    probabilities, decisions = model.predict_proba(given), model.predict(given)
+    assert probabilities.keys() == decisions.keys() == {"kind", "tags", "pace"}
+    for task, found in {
+        "kind": expected["kind"].softmax(dim=1),
+        "tags": expected["tags"].sigmoid(),
+        "pace": expected["pace"],
+    }.items():
+        np.testing.assert_allclose(probabilities[task], found.numpy(), atol=1e-5, err_msg=task)
+        assert probabilities[task].dtype == np.float32
+    np.testing.assert_array_equal(decisions["kind"], expected["kind"].argmax(dim=1))
+    np.testing.assert_array_equal(decisions["tags"], expected["tags"] >= 0)
+    assert decisions["tags"].dtype == decisions["kind"].dtype == np.int64
+    np.testing.assert_array_equal(decisions["pace"], probabilities["pace"])
+
+
+def test_one_text_of_any_length(several_artifacts: Path) -> None:
+    model = open_model(several_artifacts, MOTION_AND_TEXT)
+    for words in ([3], [1, 2, 3, 4, 5]):
+        one, batch = model.predict_proba({"text": words}), model.predict_proba({"text": [words]})
+        assert one["kind"].shape == (1, 3)
+        np.testing.assert_array_equal(one["tags"], batch["tags"])
+    with pytest.raises(DataError, match="text: found 11 to 11, expected 0 to 10"):
+        model.predict_proba({"text": [11]})
+
+
+def test_the_metrics_of_every_task(several_artifacts: Path, rich_inputs: dict[str, Any]) -> None:
+    model = open_model(several_artifacts, MOTION_AND_TEXT)
+    labels = model.predict(rich_inputs)
+    assert model.evaluate(rich_inputs, labels) == {
+        "kind": {"accuracy": 1.0, "macro_f1": 1.0, "num_examples": 6},
+        "tags": {"macro_f1": 1.0, "num_examples": 6},
+        "pace": {"mae": 0.0, "mse": 0.0, "num_examples": 6},
+    }
+    off = {"pace": labels["pace"] + np.array([[1.0, -3.0]], np.float32)}
+    found = model.evaluate(rich_inputs, off)
+    assert found.keys() == {"pace"}
+    assert found["pace"] == pytest.approx({"mae": 2.0, "mse": 5.0, "num_examples": 6})
+    with pytest.raises(DataError, match="labels: expected a mapping by task"):
+        model.evaluate(rich_inputs, labels["kind"])
+
+
+def test_a_device_with_one_of_the_tasks(
+    several_artifacts: Path, rich_inputs: dict[str, Any]
+) -> None:
+    model = open_model(several_artifacts, MOTION_AND_TEXT, ("tags",))
+    assert model.predict_proba(rich_inputs).keys() == {"tags"}
+    with pytest.raises(DataError, match="does not hold the head of task 'kind'"):
+        model.evaluate(rich_inputs, {"kind": np.zeros(6, int)})
+
+
+def test_probabilities_of_huge_logits(several_artifacts: Path, rich_inputs: dict[str, Any]) -> None:
+    model = open_model(several_artifacts, MOTION_AND_TEXT)
+    huge = {name: model.parameters[name] * 1e6 for name in ("head-kind", "head-tags")}
+    found = model.with_parameters(huge).predict_proba(rich_inputs)
+    for task in ("kind", "tags"):
+        assert np.isfinite(found[task]).all()
+        assert found[task].min() >= 0
+        assert found[task].max() <= 1

@@ -1,6 +1,10 @@
+"""The optimizers on the artifacts' own graphs, judged by PyTorch."""
+
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,68 +12,137 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalfl.optimizers import sgd
+from petalfl.engine import OrtTrainingEngine
+from petalfl.model import ModelManifest
+from petalfl.optimizers import ClientOptimizer, Scalars, adamw, sgd
+from petalfl.vectors import Vector
 
 VECTORS = st.lists(
     st.floats(-10, 10, width=32, allow_subnormal=False), min_size=3, max_size=3
 )  # fmt: skip
 
 
-def test_by_hand() -> None:
+@pytest.fixture(scope="module")
+def made(small_artifacts: Path) -> Any:
+    """Makes an optimizer: `sgd` or `adamw` on the exported graph."""
+    manifest, engine = ModelManifest.load(small_artifacts), OrtTrainingEngine(small_artifacts)
+
+    def make(build: Any, **settings: Any) -> ClientOptimizer:
+        optimizer: ClientOptimizer = build(engine, manifest.optimizers[build.__name__], **settings)
+        return optimizer
+
+    return make
+
+
+def vector(*values: float) -> Vector:
+    return np.array(values, np.float32)
+
+
+def test_sgd_by_hand(made: Any) -> None:
     """Two steps with momentum 0.5, decay 0.25 and rates 0.5, then 1, in exact binary numbers."""
-    optimizer = sgd(momentum=0.5, weight_decay=0.25)
-    w = np.array([4.0], np.float32)
-    v = optimizer.init(w)
-    np.testing.assert_array_equal(v, [0.0])
-    w, v = optimizer.update(w, np.array([2.0], np.float32), v, 0.5)
-    np.testing.assert_array_equal(v, [3.0])  # 2 + 0.25 * 4
+    optimizer = made(sgd, momentum=0.5, weight_decay=0.25)
+    state = optimizer.init(vector(4.0))
+    assert state.num_steps == 0
+    np.testing.assert_array_equal(state.moments["velocity"], [0.0])
+    w, state = optimizer.update(vector(4.0), vector(2.0), state, Scalars(0.5))
+    np.testing.assert_array_equal(state.moments["velocity"], [3.0])  # 2 + 0.25 * 4
     np.testing.assert_array_equal(w, [2.5])  # 4 - 0.5 * 3
-    w, v = optimizer.update(w, np.array([-1.0], np.float32), v, 1.0)
-    np.testing.assert_array_equal(v, [1.125])  # 0.5 * 3 + (-1 + 0.25 * 2.5)
+    w, state = optimizer.update(w, vector(-1.0), state, Scalars(1.0))
+    np.testing.assert_array_equal(state.moments["velocity"], [1.125])  # 1.5 - 1 + 0.25 * 2.5
     np.testing.assert_array_equal(w, [1.375])
+    assert state.num_steps == 2
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    start=VECTORS,
-    gradients=st.lists(VECTORS, min_size=1, max_size=5),
-    momentum=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
-    weight_decay=st.sampled_from([0.0, 1e-5, 0.1]),
-    rate=st.sampled_from([0.0, 0.01, 0.5]),
-)
-def test_as_pytorch(
-    start: list[float],
-    gradients: list[list[float]],
-    momentum: float,
-    weight_decay: float,
-    rate: float,
-) -> None:
-    expected = torch.nn.Parameter(torch.tensor(start))
-    judge = torch.optim.SGD([expected], lr=rate, momentum=momentum, weight_decay=weight_decay)
-    optimizer = sgd(momentum, weight_decay)
-    found = np.array(start, np.float32)
-    state = optimizer.init(found)
-    for gradient in gradients:
-        expected.grad = torch.tensor(gradient)
-        judge.step()
-        found, state = optimizer.update(found, np.array(gradient, np.float32), state, rate)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+def test_the_scale_and_the_pull_by_hand(made: Any) -> None:
+    """g = 0.5 · 4 + 2 · (3 - 1) = 6: the anchor is where the optimizer was started."""
+    optimizer = made(sgd)
+    _, state = optimizer.update(vector(1.0), vector(0.0), optimizer.init(vector(1.0)), Scalars(1.0))
+    np.testing.assert_array_equal(state.anchor, [1.0])
+    w, state = optimizer.update(vector(3.0), vector(4.0), state, Scalars(0.5, 0.5, 2.0))
+    np.testing.assert_array_equal(w, [0.0])  # 3 - 0.5 * 6
+    np.testing.assert_array_equal(state.anchor, [1.0])
 
 
-def test_the_arguments_are_not_changed() -> None:
-    optimizer = sgd(0.9, 0.1)
-    arrays = [np.full(3, x, np.float32) for x in (1.0, 2.0, 3.0)]
-    after, state = optimizer.update(arrays[0], arrays[1], arrays[2], 0.1)
-    assert after.dtype == state.dtype == np.float32
-    for array, x in zip(arrays, (1.0, 2.0, 3.0), strict=True):
-        np.testing.assert_array_equal(array, np.full(3, x))
+SETTINGS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "sgd": (sgd, torch.optim.SGD, {}, {}),
+    "momentum": (sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1},
+                 {"momentum": 0.9, "weight_decay": 0.1}),
+    "nesterov": (sgd, torch.optim.SGD, {"momentum": 0.5, "nesterov": True},
+                 {"momentum": 0.5, "nesterov": True}),
+    "adamw": (adamw, torch.optim.AdamW, {}, {"weight_decay": 0.0}),
+    "adamw with all": (
+        adamw, torch.optim.AdamW,
+        {"beta1": 0.5, "beta2": 0.75, "epsilon": 0.01, "weight_decay": 0.125},
+        {"betas": (0.5, 0.75), "eps": 0.01, "weight_decay": 0.125},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_as_pytorch(made: Any, case: str) -> None:
+    build, judge_type, ours, theirs = SETTINGS[case]
+    optimizer = made(build, **ours)
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        start=VECTORS,
+        gradients=st.lists(VECTORS, min_size=1, max_size=5),
+        rate=st.sampled_from([0.0, 0.01, 0.5]),
+        scale=st.sampled_from([1.0, 0.25]),
+        mu=st.sampled_from([0.0, 0.5]),
+    )
+    def check(
+        start: list[float], gradients: list[list[float]], rate: float, scale: float, mu: float
+    ) -> None:
+        expected = torch.nn.Parameter(torch.tensor(start))
+        judge = judge_type([expected], lr=rate, **theirs)
+        found, state = vector(*start), optimizer.init(vector(*start))
+        for gradient in gradients:
+            pull = mu * (expected.detach() - torch.tensor(start))
+            expected.grad = scale * torch.tensor(gradient) + pull
+            judge.step()
+            found, state = optimizer.update(
+                found, vector(*gradient), state, Scalars(rate, scale, mu)
+            )
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("build", [sgd, adamw])
+def test_the_arguments_are_not_changed(made: Any, build: Any) -> None:
+    optimizer = made(build, weight_decay=0.1)
+    w, g = vector(1.0, 1.0), vector(2.0, 2.0)
+    state = optimizer.init(w)
+    after, new_state = optimizer.update(w, g, state, Scalars(0.1, 0.5, 0.5))
+    assert after.dtype == np.float32
+    np.testing.assert_array_equal(w, [1.0, 1.0])
+    np.testing.assert_array_equal(g, [2.0, 2.0])
+    for name, moment in state.moments.items():
+        np.testing.assert_array_equal(moment, [0.0, 0.0])
+        assert new_state.moments[name].all()
+
+
+@pytest.mark.parametrize("build", [sgd, adamw])
+def test_a_block_without_trainable_parameters_has_a_state(made: Any, build: Any) -> None:
+    state = made(build).init(np.zeros(0, np.float32))
+    assert all(moment.shape == (0,) for moment in state.moments.values())
 
 
 @pytest.mark.parametrize(
     ("momentum", "weight_decay"),
     [(1.0, 0.0), (-0.1, 0.0), (math.nan, 0.0), (0.0, -1e-9), (0.0, math.nan)],
 )
-def test_arguments_outside_their_intervals(momentum: float, weight_decay: float) -> None:
+def test_sgd_outside_its_intervals(made: Any, momentum: float, weight_decay: float) -> None:
     with pytest.raises(ValueError, match="expected 0 <= momentum < 1"):
-        sgd(momentum, weight_decay)
+        made(sgd, momentum=momentum, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta1": 1.0}, {"beta2": -0.1}, {"beta2": math.nan}, {"epsilon": 0.0}, {"weight_decay": -1}],
+)
+def test_adamw_outside_its_intervals(made: Any, wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= beta1, beta2 < 1, epsilon > 0"):
+        made(adamw, **wrong)

@@ -56,11 +56,22 @@ HYPERPARAMETERS = st.builds(
     st.floats(0, 1),
     st.integers(1, 1 << 16),
     st.integers(1, 1000),
+    st.sampled_from(["sgd", "adamw"]),
+    st.booleans(),
+    st.floats(0, 0.9999),
+    st.floats(0, 0.9999),
+    st.floats(1e-12, 1),
+    st.floats(0, 1e6),
+    st.integers(1, 1 << 16),
+    st.floats(0, 1e3),
 )
 ASCII = st.text(st.characters(max_codepoint=127), max_size=256)
 MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     Status: st.builds(Status, st.booleans()),
-    Ready: st.builds(Ready, st.lists(NAMES, min_size=1, max_size=64).map(tuple)),
+    Ready: st.builds(
+        Ready, st.lists(NAMES, min_size=1, max_size=64).map(tuple),
+        st.lists(NAMES, min_size=1, max_size=64).map(tuple),
+    ),
     UpdateManifest: st.builds(
         UpdateManifest, IDS, NAMES, POSITIVES, POSITIVES, POSITIVES, st.just("f32"),
         st.integers(1, 1 << 30), SHAS,
@@ -79,7 +90,7 @@ MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     Finish: st.builds(Finish, BLOCKS),
 }  # fmt: skip
 LARGEST: list[Message] = [
-    Ready(tuple(f"{i:064}" for i in range(64))),
+    Ready(tuple(f"{i:064}" for i in range(64)), tuple(f"{i:064}" for i in range(128))),
     Chunk(ID, 1 << 20, bytes(CHUNK_BYTES)),
     Receipt(ID, "missing", "x" * 256, b"\xff" * CHUNK_BYTES),
     Task(1 << 40, 1 << 40, Hyperparameters(1e3, 0.9999, 1.0, 1 << 16, 1000), 1 << 40,
@@ -173,7 +184,7 @@ def test_any_structure(value: Any) -> None:
 @settings(max_examples=500, deadline=None)
 @given(TYPES, st.dictionaries(FIELDS, STRUCTURES, max_size=4))
 def test_any_fields_of_a_known_type(name: str, fields: dict[str, Any]) -> None:
-    survives(msgpack.packb({"v": 1, "t": name, **fields}))
+    survives(msgpack.packb({"v": 2, "t": name, **fields}))
 
 
 def test_thousands_of_mutations() -> None:
@@ -183,7 +194,7 @@ def test_thousands_of_mutations() -> None:
     valid = [
         encode(message)
         for message in (
-            Status(True), Ready(("acc", "gyro")), Chunk(ID, 0, b"data"), Fin(ID),
+            Status(True), Ready(("acc", "gyro"), ("head",)), Chunk(ID, 0, b"data"), Fin(ID),
             Report(ID, 1, 1, 0.5), Receipt(ID, "accepted"),
             UpdateManifest(ID, "head", 1, 1, 1, "f32", 4, sha),
             BlockVersion(1, sha), Finish({"head": BlockVersion(1, sha)}),
@@ -218,12 +229,12 @@ def test_a_bool_is_no_number_and_a_number_no_bool() -> None:
         {"t": "report", "update_id": ID, "round_num": 1, "num_examples": 1, "loss": True},
     ):
         with pytest.raises(WireError, match=r"expected (bool|int|float), found (1|True)"):
-            decode(msgpack.packb({"v": 1, **fields}))
+            decode(msgpack.packb({"v": 2, **fields}))
 
 
 def test_a_whole_number_will_do_for_a_loss() -> None:
     fields = {"t": "report", "update_id": ID, "round_num": 1, "num_examples": 1, "loss": 2}
-    message = decode(msgpack.packb({"v": 1, **fields}))
+    message = decode(msgpack.packb({"v": 2, **fields}))
     assert isinstance(message, Report)
     assert type(message.loss) is float
 

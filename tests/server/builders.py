@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from petalfl import topics, wire
-from petalfl.model import Artifact, Artifacts, Block, Modality, ModelManifest, Parameter
+from petalfl.model import (
+    Artifact,
+    Artifacts,
+    Block,
+    Modality,
+    ModelManifest,
+    Parameter,
+    Task,
+    Tensor,
+)
 from petalfl.mqtt import Endpoint as BrokerEndpoint
 from petalfl.training import Hyperparameters
 from petalfl.transport import Handler, MemoryBroker, MemoryTransport
@@ -29,53 +38,93 @@ FED = "fed"
 ENROLLED = {"both": ["acc", "gyro"], "watch": ["acc"], "phone": ["gyro"]}
 NOW_S = 1_700_000_000.0
 
-# By block: its kind, its inputs and the shapes of its parameters.
-LAYOUT: dict[str, tuple[Any, tuple[str, ...], dict[str, tuple[int, ...]]]] = {
-    "acc-encoder": ("encoder", ("acc",), {"conv.weight": (2, 2), "conv.bias": (2,)}),
-    "gyro-encoder": ("encoder", ("gyro",), {"conv.weight": (3,)}),
-    "fusion": ("fusion", ("acc-encoder", "gyro-encoder"), {"mix.weight": (2, 2)}),
+# By block: the further arguments of `make_block`.
+Layout = dict[str, tuple[Any, ...]]
+LAYOUT: Layout = {
+    "encoder-acc": ("encoder", ("acc",), {"conv.weight": (2, 2), "conv.bias": (2,)}),
+    "encoder-gyro": ("encoder", ("gyro",), {"conv.weight": (3,)}),
+    "fusion": ("fusion", ("encoder-acc", "encoder-gyro"), {"mix.weight": (2, 2)}),
     "head": ("head", ("fusion",), {"fc.weight": (2, 3), "fc.bias": (2,)}),
 }
-SIZES = {"acc-encoder": 6, "gyro-encoder": 3, "fusion": 4, "head": 8}
+SIZES = {"encoder-acc": 6, "encoder-gyro": 3, "fusion": 4, "head": 8}
 INITIAL: dict[str, NDArray[np.float32]] = {
     name: np.linspace(-1, 1, size, dtype=np.float32) for name, size in SIZES.items()
 }
 
 
 def make_block(
-    name: str, kind: Any, inputs: tuple[str, ...], shapes: dict[str, tuple[int, ...]]
+    name: str,
+    kind: Any,
+    inputs: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
+    statistics: dict[str, tuple[int, ...]] | None = None,
+    is_frozen: bool = False,
 ) -> tuple[Block, dict[str, bytes]]:
     """A block and its files by path; the graphs in them are none."""
-    size = sum(int(np.prod(shape)) for shape in shapes.values())
-    initial = INITIAL.get(name, np.zeros(0, np.float32))
-    vector = initial if initial.size == size else np.linspace(-1, 1, size, dtype=np.float32)
-    files = {
-        f"{name}/training_model.onnx": f"training {name}".encode(),
-        f"{name}/eval_model.onnx": f"eval {name}".encode(),
-        f"{name}/parameters.bin": to_bytes(vector),
-    }
-    made = [Artifact(p, hashlib.sha256(d).hexdigest(), len(d)) for p, d in files.items()]
     parameters = tuple(Parameter(key, shape) for key, shape in shapes.items())
-    return Block(name, kind, inputs, (2,), size, parameters, (), Artifacts(*made)), files
+    tail = tuple(Parameter(key, shape) for key, shape in (statistics or {}).items())
+    num_parameters = sum(p.size for p in parameters)
+    size = num_parameters + sum(p.size for p in tail)
+    vector = INITIAL.get(name, np.zeros(0, np.float32))
+    if vector.size != size:
+        vector = np.linspace(-1, 1, size, dtype=np.float32)
+    files: dict[str, bytes] = {}
+
+    def put(file: str, data: bytes) -> Artifact:
+        files[f"{name}/{file}"] = data
+        return Artifact(f"{name}/{file}", hashlib.sha256(data).hexdigest(), len(data))
+
+    def graph(file: str, is_there: bool) -> Artifact | None:
+        return put(f"{file}.onnx", f"{file} {name}".encode()) if is_there else None
+
+    block = Block(
+        name=name,
+        kind=kind,
+        inputs=inputs,
+        outputs=(Tensor(name, (2,)),),
+        size=size,
+        num_trainable=0 if is_frozen else num_parameters,
+        parameters=parameters,
+        statistics=tail,
+        dropouts=(),
+        task=Task("cross_entropy") if kind == "head" else None,
+        is_frozen=is_frozen,
+        state_prefix=f"{name}.",
+        min_batch=1,
+        num_flops=0,
+        activation_bytes=0,
+        artifacts=Artifacts(
+            eval_model=put("eval_model.onnx", f"eval {name}".encode()),
+            training_forward=graph("training_forward", kind != "head" and not is_frozen),
+            training_backward=graph("training_backward", kind != "encoder" or not is_frozen),
+            parameters=put("parameters.bin", to_bytes(vector)),
+        ),
+    )
+    return block, files
 
 
-def write_artifacts(folder: Path, **changes: Any) -> ModelManifest:
+def write_artifacts(folder: Path, layout: Layout | None = None, **changes: Any) -> ModelManifest:
     """Writes the tiny model to ``folder``; ``changes`` replace fields of its manifest."""
-    blocks = []
-    for name, (kind, inputs, shapes) in LAYOUT.items():
-        block, files = make_block(name, kind, inputs, shapes)
-        blocks.append(block)
-        (folder / name).mkdir(parents=True)
-        for path, data in files.items():
-            (folder / path).write_bytes(data)
-    manifest = replace(make_manifest(*blocks), **changes)
+    made = [make_block(name, *rest) for name, rest in (layout or LAYOUT).items()]
+    files = {path: data for _, files in made for path, data in files.items()}
+    files |= {f"optimizers/{name}.onnx": name.encode() for name in ("sgd", "adamw")}
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    manifest = replace(make_manifest(*(block for block, _ in made)), **changes)
     (folder / "manifest.json").write_bytes(manifest.to_json())
     return ModelManifest.load(folder)
 
 
 def make_manifest(*blocks: Block) -> ModelManifest:
     modalities = {"acc": Modality((4, 2)), "gyro": Modality((4, 2))}
-    return ModelManifest(1, "tiny", modalities, blocks, "cross_entropy", 2)
+    optimizers = {
+        name: Artifact(
+            f"optimizers/{name}.onnx", hashlib.sha256(name.encode()).hexdigest(), len(name)
+        )
+        for name in ("sgd", "adamw")
+    }
+    return ModelManifest(2, "tiny", modalities, blocks, "mask", optimizers)
 
 
 def make_config(artifacts: Path, data_dir: Path, **changes: Any) -> Config:
@@ -292,9 +341,15 @@ class FakeBroker:
 class Site:
     """Artifacts and a data folder; federations come and go on them."""
 
-    def __init__(self, folder: Path, *, enrolled: dict[str, list[str]] = ENROLLED) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        enrolled: dict[str, list[str]] = ENROLLED,
+        layout: Layout | None = None,
+    ) -> None:
         self.artifacts, self.data_dir = folder / "artifacts", folder / "data"
-        self.manifest = write_artifacts(self.artifacts)
+        self.manifest = write_artifacts(self.artifacts, layout)
         with self.state() as state:
             for name, modalities in enrolled.items():
                 state.add_device(name, f"password of {name}", modalities, NOW_S)
@@ -338,7 +393,7 @@ class Run:
     sender: FakeSender
 
     def ready(self, device: str) -> None:
-        self.federation.on_ready(device, wire.Ready(tuple(ENROLLED[device])))
+        self.federation.on_ready(device, wire.Ready(tuple(ENROLLED[device]), ("head",)))
 
     def task(self, device: str, round_num: int) -> wire.Task:
         return self.sender.tasks(round_num)[device]

@@ -129,7 +129,9 @@ def test_help_names_every_option() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for option in ("--artifacts", "--data-dir", "--http", "--broker", "--scheme", "--rounds",
-                   "--min-devices", "--deadline", "--token", "--federation"):  # fmt: skip
+                   "--min-devices", "--deadline", "--token", "--federation", "--optimizer",
+                   "--nesterov", "--beta1", "--beta2", "--epsilon", "--max-grad-norm",
+                   "--accumulation", "--proximal-mu"):  # fmt: skip
         assert option in done.stdout
 
 
@@ -257,7 +259,8 @@ def test_every_option_arrives(artifacts: Path, tmp_path: Path, configured: list[
     words = (
         "--federation f-2 --scheme local --rounds 7 --min-devices 3 --deadline 2.5 "
         "--server-momentum 0.5 --learning-rate 0.25 --momentum 0.125 --weight-decay 0.5 "
-        "--batch-size 4 --epochs 2 --seed 9"
+        "--batch-size 4 --epochs 2 --seed 9 --optimizer adamw --nesterov --beta1 0.5 "
+        "--beta2 0.75 --epsilon 0.001 --max-grad-norm 2.5 --accumulation 3 --proximal-mu 0.01"
     )
     assert cli.main(arguments(artifacts, tmp_path, *words.split())) == 0
     assert configured == [
@@ -269,7 +272,21 @@ def test_every_option_arrives(artifacts: Path, tmp_path: Path, configured: list[
             num_rounds=7,
             min_devices=3,
             deadline_s=2.5,
-            hyperparameters=Hyperparameters(0.25, 0.125, 0.5, 4, 2),
+            hyperparameters=Hyperparameters(
+                0.25,
+                0.125,
+                0.5,
+                4,
+                2,
+                optimizer="adamw",
+                nesterov=True,
+                beta1=0.5,
+                beta2=0.75,
+                epsilon=0.001,
+                max_grad_norm=2.5,
+                accumulation=3,
+                proximal_mu=0.01,
+            ),
             schedule="cosine",
             server_momentum=0.5,
             seed=9,
@@ -294,6 +311,12 @@ REFUSED = {
     "--momentum 1.5": "--momentum: 1.5 is outside",
     "--momentum -0.5": "--momentum: -0.5 is outside",
     "--weight-decay 2": "--weight-decay: 2.0 is outside",
+    "--beta1 1": "--beta1: 1.0 is outside",
+    "--beta2 1": "--beta2: 1.0 is outside",
+    "--epsilon 0": "--epsilon: 0.0 is outside",
+    "--max-grad-norm -1": "--max-grad-norm: -1.0 is outside [0, 1e+06]",
+    "--accumulation 0": "--accumulation: 0 is outside [1, 65536]",
+    "--proximal-mu -0.1": "--proximal-mu: -0.1 is outside [0, 1000]",
     "--schedule cosine": "--schedule cosine needs --rounds",
 }
 

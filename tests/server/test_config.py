@@ -16,7 +16,7 @@ PRIVATE = {
     "fm": set[str](),
     "ph": {"head"},
     "phf": {"fusion", "head"},
-    "local": {"acc-encoder", "gyro-encoder", "fusion", "head"},
+    "local": {"encoder-acc", "encoder-gyro", "fusion", "head"},
 }
 
 
@@ -30,7 +30,7 @@ def test_a_model_without_fusion_has_none_to_keep() -> None:
     assert private_blocks("phf", LATE_FUSION) == ("head",)
 
 
-@pytest.mark.parametrize("default", [(), ("head",), ("gyro-encoder", "head")])
+@pytest.mark.parametrize("default", [(), ("head",), ("encoder-gyro", "head")])
 def test_without_a_scheme_the_manifest_decides(default: tuple[str, ...]) -> None:
     manifest: ModelManifest = replace(TINY, private_blocks=default)
     assert private_blocks("", manifest) == default

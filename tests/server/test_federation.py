@@ -39,9 +39,9 @@ from tests.server.builders import (
 )
 
 HELD = {
-    "both": {"acc-encoder", "gyro-encoder", "fusion", "head"},
-    "watch": {"acc-encoder", "fusion", "head"},
-    "phone": {"gyro-encoder", "fusion", "head"},
+    "both": {"encoder-acc", "encoder-gyro", "fusion", "head"},
+    "watch": {"encoder-acc", "fusion", "head"},
+    "phone": {"encoder-gyro", "fusion", "head"},
 }
 EVERYBODY = tuple(ENROLLED)
 
@@ -113,12 +113,12 @@ async def test_a_task_names_the_devices_own_blocks_and_their_versions(site: Site
 async def test_a_task_leaves_out_private_blocks(site: Site) -> None:
     with site.run(ready=EVERYBODY, min_devices=3, private_blocks=("fusion", "head")) as run:
         assert {device: set(run.task(device, 1).blocks) for device in EVERYBODY} == {
-            "both": {"acc-encoder", "gyro-encoder"},
-            "watch": {"acc-encoder"},
-            "phone": {"gyro-encoder"},
+            "both": {"encoder-acc", "encoder-gyro"},
+            "watch": {"encoder-acc"},
+            "phone": {"encoder-gyro"},
         }
-        assert run.federation.versions.keys() == {"acc-encoder", "gyro-encoder"}
-        assert {block for block, _ in run.sender.versions} == {"acc-encoder", "gyro-encoder"}
+        assert run.federation.versions.keys() == {"encoder-acc", "encoder-gyro"}
+        assert {block for block, _ in run.sender.versions} == {"encoder-acc", "encoder-gyro"}
         assert run.federation.block_body("head", 1) is None
         private = run.federation.on_update(make_update("watch", "head", 1.0))
         assert private.status == "rejected" and "does not hold" in private.reason
@@ -126,7 +126,7 @@ async def test_a_task_leaves_out_private_blocks(site: Site) -> None:
 
 async def test_a_device_may_take_part_with_fewer_modalities(site: Site) -> None:
     with site.run() as run:
-        run.federation.on_ready("both", wire.Ready(("gyro",)))
+        run.federation.on_ready("both", wire.Ready(("gyro",), ("head",)))
         assert run.task("both", 1).blocks.keys() == HELD["phone"]
 
 
@@ -138,7 +138,7 @@ async def test_a_device_cannot_claim_what_it_has_not_enrolled(
     site: Site, device: str, modalities: tuple[str, ...]
 ) -> None:
     with site.run() as run:
-        run.federation.on_ready(device, wire.Ready(modalities))
+        run.federation.on_ready(device, wire.Ready(modalities, ("head",)))
         assert run.federation.ready == {} and run.sender.sent == []
 
 
@@ -202,7 +202,7 @@ async def test_without_the_journal_there_is_no_receipt(
     with site.run() as run:
         door = await Door(site.manifest, run.federation).open()
         run.federation.start(door.gateway)
-        await door.request(wire.Ready(("acc",)))
+        await door.request(wire.Ready(("acc",), ("head",)))
         fault = "BEFORE INSERT ON updates BEGIN SELECT RAISE(ABORT, 'disk full'); END"
         other_db.execute(f"CREATE TRIGGER fault {fault}")
         messages = messages_of(make_update("watch", "head", 2.0))
@@ -231,7 +231,7 @@ async def test_a_redelivered_update_counts_once(site: Site) -> None:
 
 
 REJECTED = {
-    "not held": (make_update("watch", "gyro-encoder", 1.0), "does not hold the shared block"),
+    "not held": (make_update("watch", "encoder-gyro", 1.0), "does not hold the shared block"),
     "not in the cohort": (make_update("phone", "head", 1.0), "not in the cohort of round 1"),
     "another version": (make_update("watch", "head", 1.0, base_version=2), "base version 2"),
     "another round": (make_update("watch", "head", 1.0, round_num=2), "round 2 is closed"),
@@ -285,8 +285,8 @@ async def test_a_complete_round_closes_and_moves_the_blocks_that_have_updates(si
                 make_update("watch", "fusion", 0.5, num_examples=30),
                 make_update("phone", "fusion", -1.0, num_examples=10),
             ],
-            "acc-encoder": [make_update("watch", "acc-encoder", 0.125, num_examples=30)],
-            "gyro-encoder": [make_update("phone", "gyro-encoder", 7.0, num_examples=10)],
+            "encoder-acc": [make_update("watch", "encoder-acc", 0.125, num_examples=30)],
+            "encoder-gyro": [make_update("phone", "encoder-gyro", 7.0, num_examples=10)],
         }
         for report in ("phone", "watch"):
             run.federation.on_report(report, make_report(report))
@@ -308,8 +308,8 @@ async def test_a_complete_round_closes_and_moves_the_blocks_that_have_updates(si
 async def test_a_block_that_nobody_sent_keeps_its_version(site: Site) -> None:
     with site.run(ready=["watch"]) as run:
         await run.finish_round(1)
-        assert run.federation.versions == {**dict.fromkeys(HELD["watch"], 2), "gyro-encoder": 1}
-        assert to_bytes(run.block("gyro-encoder")) == to_bytes(INITIAL["gyro-encoder"])
+        assert run.federation.versions == {**dict.fromkeys(HELD["watch"], 2), "encoder-gyro": 1}
+        assert to_bytes(run.block("encoder-gyro")) == to_bytes(INITIAL["encoder-gyro"])
         moved = {block for block, version in run.sender.versions if version.version == 2}
         assert moved == HELD["watch"]
 
@@ -332,7 +332,7 @@ async def test_the_deadline_closes_a_round_without_the_stragglers(
         await clock.advance(101)
         assert run.federation.finished.is_set()
         np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 4)
-        assert run.federation.versions["gyro-encoder"] == 1
+        assert run.federation.versions["encoder-gyro"] == 1
         [closed] = run.state.rounds()
         assert closed["cohort_size"] == 2
         assert "deadline after 600 s without phone" in caplog.text
@@ -527,7 +527,7 @@ async def test_versions_are_published_at_every_start(site: Site) -> None:
     with site.run() as run:
         assert {block: pointer.version for block, pointer in run.sender.versions} == {
             **dict.fromkeys(HELD["watch"], 2),
-            "gyro-encoder": 1,
+            "encoder-gyro": 1,
         }
 
 
@@ -605,7 +605,7 @@ async def test_a_round_over_the_broker(site: Site) -> None:
     with site.run(num_rounds=1) as run:
         door = await Door(site.manifest, run.federation).open()
         run.federation.start(door.gateway)
-        await door.request(wire.Ready(("acc",)))
+        await door.request(wire.Ready(("acc",), ("head",)))
         [task] = door.received
         assert isinstance(task, wire.Task) and task.blocks.keys() == HELD["watch"]
         for block in task.blocks:
@@ -634,7 +634,7 @@ async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
     with site.run(min_devices=2) as run:
         door = await Door(site.manifest, run.federation).open()
         run.federation.start(door.gateway)
-        await door.request(wire.Ready(("acc",)))
+        await door.request(wire.Ready(("acc",), ("head",)))
         assert run.federation.ready.keys() == {"watch"}
         await door.publish(topics.status(FED, "watch"), wire.Status(is_online=False))
         assert run.federation.ready == {}
@@ -650,7 +650,7 @@ async def test_an_update_id_used_twice_is_rejected(site: Site, block: str) -> No
         run.federation.on_update(make_update("watch", "head", 1.0, update_id=used))
         round_num = 1
         if block == "head":  # in the next round
-            for other in ("acc-encoder", "fusion"):
+            for other in ("encoder-acc", "fusion"):
                 run.federation.on_update(make_update("watch", other, 1.0))
             run.federation.on_report("watch", make_report("watch"))
             await settle()
@@ -706,7 +706,7 @@ async def test_a_device_may_be_ready_before_the_start(site: Site, has_open_round
     with site.state() as state:
         federation, sender = Federation(config, site.manifest, state), FakeSender()
         try:
-            federation.on_ready("watch", wire.Ready(("acc",)))
+            federation.on_ready("watch", wire.Ready(("acc",), ("head",)))
             federation.start(sender)
             assert sender.tasks(1).keys() == {"watch"}
         finally:
@@ -727,6 +727,6 @@ async def test_one_line_is_logged_per_round(site: Site, caplog: pytest.LogCaptur
         await run.finish_round(1)
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
     expected = (
-        "round 1 closed: loss 0.5000, updates: acc-encoder 1, gyro-encoder 0, fusion 1, head 1"
+        "round 1 closed: loss 0.5000, updates: encoder-acc 1, encoder-gyro 0, fusion 1, head 1"
     )
     assert lines == [expected]

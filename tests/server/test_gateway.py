@@ -282,7 +282,7 @@ TASK = wire.Task(1, 0, Hyperparameters(0.1), 0, {})
 ON_UPDATES: list[wire.Message] = [
     wire.Status(True),
     wire.Status(False),
-    wire.Ready(("acc",)),
+    wire.Ready(("acc",), ("head",)),
     make_report(DEVICE),
     wire.Receipt(UPDATE.update_id, "accepted"),
     wire.BlockVersion(1, "0" * 64),
@@ -423,12 +423,12 @@ async def test_one_devices_flood_pushes_out_nothing_of_another(gate: Gate) -> No
 
 
 async def test_ready_reports_and_departures_reach_the_judge(gate: Gate) -> None:
-    await gate.request(wire.Ready(("acc", "gyro")))
+    await gate.request(wire.Ready(("acc", "gyro"), ("head",)))
     await gate.request(make_report(DEVICE))
     await gate.publish(topics.status(FED, DEVICE), wire.Status(is_online=True))
     assert gate.judge.offline == []
     await gate.publish(topics.status(FED, DEVICE), wire.Status(is_online=False))
-    assert gate.judge.ready == [(DEVICE, wire.Ready(("acc", "gyro")))]
+    assert gate.judge.ready == [(DEVICE, wire.Ready(("acc", "gyro"), ("head",)))]
     assert gate.judge.reports == [(DEVICE, make_report(DEVICE))]
     assert gate.judge.offline == [DEVICE]
     assert gate.receipts == [wire.Receipt(make_report(DEVICE).update_id, "accepted")]
@@ -476,7 +476,7 @@ async def test_closing_sends_what_is_on_its_way_first() -> None:
     await gate.gateway.close()
     await settle()
     assert gate.received == [TASK]
-    await gate.request(wire.Ready(("acc",)))
+    await gate.request(wire.Ready(("acc",), ("head",)))
     assert gate.judge.ready == []  # it has left
 
 
@@ -489,7 +489,7 @@ async def test_a_restarted_server_finds_the_devices_that_are_there() -> None:
         transport = broker.connect()
         online = wire.encode(wire.Status(is_online))
         await transport.publish(topics.status(FED, device), online, retain=True)
-        ready = wire.encode(wire.Ready(("acc",)))
+        ready = wire.encode(wire.Ready(("acc",), ("head",)))
         await transport.publish(topics.request(FED, device), ready, retain=True)
     gateway = Gateway(broker.connect(), FED, MANIFEST, judge)
     await gateway.open()
@@ -497,6 +497,6 @@ async def test_a_restarted_server_finds_the_devices_that_are_there() -> None:
     assert [device for device, _ in judge.ready] == ["watch"]  # not the phone, which has gone
     back = broker.connect()
     await back.publish(topics.status(FED, "phone"), wire.encode(wire.Status(is_online=True)))
-    await back.publish(topics.request(FED, "phone"), wire.encode(wire.Ready(("acc",))))
+    await back.publish(topics.request(FED, "phone"), wire.encode(wire.Ready(("acc",), ("head",))))
     await settle()
     assert [device for device, _ in judge.ready] == ["watch", "phone"]

@@ -14,12 +14,12 @@ from server.rounds import BlockResult, Round
 from tests.server.builders import average, make_id, make_report, make_update
 
 ROUND = 4
-SIZES = {"acc-encoder": 6, "gyro-encoder": 3, "head": 8}
-BASE = {"acc-encoder": 2, "gyro-encoder": 4, "head": 3}
+SIZES = {"encoder-acc": 6, "encoder-gyro": 3, "head": 8}
+BASE = {"encoder-acc": 2, "encoder-gyro": 4, "head": 3}
 COHORT = {
-    "both": frozenset({"acc-encoder", "gyro-encoder", "head"}),
-    "watch": frozenset({"acc-encoder", "head"}),
-    "phone": frozenset({"gyro-encoder", "head"}),
+    "both": frozenset({"encoder-acc", "encoder-gyro", "head"}),
+    "watch": frozenset({"encoder-acc", "head"}),
+    "phone": frozenset({"encoder-gyro", "head"}),
 }
 PAIRS = [(device, block) for device, blocks in COHORT.items() for block in sorted(blocks)]
 
@@ -134,14 +134,14 @@ def test_weights_by_hand() -> None:
         target,
         update("both", "head", 1.0, 30),
         update("watch", "head", 4.0, 10),
-        update("both", "gyro-encoder", 2.0, 30),
+        update("both", "encoder-gyro", 2.0, 30),
     )
     results = target.finalize()
     # head: (30·1 + 10·4) / 40; the phone, which sent nothing, weighs nothing.
-    assert results["head"].delta is not None and results["gyro-encoder"].delta is not None
+    assert results["head"].delta is not None and results["encoder-gyro"].delta is not None
     np.testing.assert_array_equal(results["head"].delta, np.full(8, 1.75, np.float32))
-    np.testing.assert_array_equal(results["gyro-encoder"].delta, np.full(3, 2, np.float32))
-    assert results["acc-encoder"] == BlockResult(None, (), 0)
+    np.testing.assert_array_equal(results["encoder-gyro"].delta, np.full(3, 2, np.float32))
+    assert results["encoder-acc"] == BlockResult(None, (), 0)
 
 
 REFUSALS = {
@@ -154,8 +154,8 @@ REFUSALS = {
         "device nobody is not in the cohort of round 4",
     ),
     "block not held": (
-        update("watch", "gyro-encoder"),
-        "device watch does not hold the shared block gyro-encoder",
+        update("watch", "encoder-gyro"),
+        "device watch does not hold the shared block encoder-gyro",
     ),
     "unknown block": (
         replace(update("watch", "head"), block="else"),

@@ -29,12 +29,12 @@ from tests.server.builders import (
 )
 
 ROOT = Path(__file__).parents[2]
-COHORT = {"watch": frozenset({"acc-encoder", "head"}), "phone": frozenset({"head"})}
+COHORT = {"watch": frozenset({"encoder-acc", "head"}), "phone": frozenset({"head"})}
 BLOCKS = {name: make_block(name, *layout)[0] for name, layout in LAYOUT.items()}
 HEAD = BLOCKS["head"]
 UPDATES = [
     make_update("watch", "head", np.arange(8) / 7, num_examples=3),
-    make_update("watch", "acc-encoder", 0.25, num_examples=3),
+    make_update("watch", "encoder-acc", 0.25, num_examples=3),
     make_update("phone", "head", -1e-3, num_examples=5),
 ]
 
@@ -66,7 +66,7 @@ def next_versions() -> list[NewVersion]:
     return [
         NewVersion(BLOCKS[name], 2, rng.normal(size=SIZES[name]).astype(np.float32),
                    rng.normal(size=SIZES[name]).astype(np.float32))
-        for name in ("acc-encoder", "head")
+        for name in ("encoder-acc", "head")
     ]  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_a_closed_round_has_its_versions_and_no_deltas(state: ServerState) -> No
     state.close_round(1, new, 0.5, NOW_S + 3)
     assert state.unclosed_round() is None
     assert state.last_closed_round() == 1
-    assert state.newest_versions() == {**dict.fromkeys(BLOCKS, 1), "acc-encoder": 2, "head": 2}
+    assert state.newest_versions() == {**dict.fromkeys(BLOCKS, 1), "encoder-acc": 2, "head": 2}
     for one in new:
         parameters, optimizer_state = state.read_version(one.block, 2)
         np.testing.assert_array_equal(parameters, one.parameters)
@@ -238,8 +238,8 @@ def test_the_rounds_read_back(state: ServerState) -> None:
             "duration_s": 3.0,
             "loss": 0.5,
             "blocks": {
-                "acc-encoder": {**quiet, "version": 2, "holders": ["watch"], "num_examples": 3},
-                "gyro-encoder": {**quiet, "version": 1},
+                "encoder-acc": {**quiet, "version": 2, "holders": ["watch"], "num_examples": 3},
+                "encoder-gyro": {**quiet, "version": 1},
                 "fusion": {**quiet, "version": 1},
                 "head": {
                     "version": 2,

@@ -21,11 +21,21 @@ from petalfl.store import Identity
 from petalfl.vectors import to_bytes
 from server.broker import BrokerError
 from server.web import MAX_REQUEST_BYTES, WebApp
-from tests.server.builders import FED, INITIAL, SIZES, Door, FakeBroker, FakeJudge, Run, Site
+from tests.server.builders import (
+    ENROLLED,
+    FED,
+    INITIAL,
+    SIZES,
+    Door,
+    FakeBroker,
+    FakeJudge,
+    Run,
+    Site,
+)
 
 TOKEN = "the-join-token"
 ROOT = f"/v1/{FED}"
-HELD_BY_WATCH = ("acc-encoder", "fusion", "head")
+HELD_BY_WATCH = ("encoder-acc", "fusion", "head")
 Headers = dict[str, str]
 OPERATOR: Headers = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -113,8 +123,8 @@ STRANGERS: dict[str, Headers] = {
 PARTS = {"path": "head/parameters.bin", "block": "head", "version": "1"}
 FOR_OPERATORS = ("/metrics", f"{ROOT}/enroll", f"{ROOT}/status", f"{ROOT}/rounds",
                  f"{ROOT}/devices")  # fmt: skip
-FOR_DEVICES = (f"{ROOT}/session", f"{ROOT}/manifest", f"{ROOT}/artifacts/head/parameters.bin",
-               f"{ROOT}/blocks", f"{ROOT}/blocks/head/1")  # fmt: skip
+FOR_DEVICES = (f"{ROOT}/session", f"{ROOT}/artifacts/head/parameters.bin")
+FOR_BOTH = (f"{ROOT}/manifest", f"{ROOT}/blocks", f"{ROOT}/blocks/head/1")
 
 
 def routes(app: web.Application) -> list[tuple[str, str]]:
@@ -131,7 +141,7 @@ def routes(app: web.Application) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("stranger", STRANGERS)
 async def test_strangers_are_turned_away_everywhere(served: Served, stranger: str) -> None:
     everything = routes(served.app)
-    assert {path for _, path in everything} == {*FOR_OPERATORS, *FOR_DEVICES}
+    assert {path for _, path in everything} == {*FOR_OPERATORS, *FOR_DEVICES, *FOR_BOTH}
     for method, path in everything:
         body = {"device": "new", "modalities": ["acc"]}
         async with served.client.request(
@@ -150,6 +160,10 @@ async def test_operators_and_devices_have_their_own_paths(served: Served) -> Non
         if not path.endswith("enroll"):
             assert (await served.get(path, login("both")))[0] == 401
             assert (await served.get(path, OPERATOR))[0] == 200
+    for path in FOR_BOTH:
+        as_operator = await served.get(path, OPERATOR)
+        assert as_operator[0] == 200
+        assert as_operator == await served.get(path, login("both"))
     assert (await served.enroll({"device": "new", "modalities": ["acc"]}, login("both")))[0] == 401
 
 
@@ -276,7 +290,7 @@ async def test_the_manifest_is_served_as_it_is(served: Served) -> None:
     assert (status, body) == (200, (served.site.artifacts / "manifest.json").read_bytes())
 
 
-@pytest.mark.parametrize("file", ["training_model.onnx", "eval_model.onnx", "parameters.bin"])
+@pytest.mark.parametrize("file", ["training_backward.onnx", "eval_model.onnx", "parameters.bin"])
 async def test_a_device_gets_the_artifacts_of_its_own_blocks_alone(
     served: Served, file: str
 ) -> None:
@@ -285,7 +299,20 @@ async def test_a_device_gets_the_artifacts_of_its_own_blocks_alone(
         if block in HELD_BY_WATCH:
             assert (status, body) == (200, (served.site.artifacts / block / file).read_bytes())
         else:
-            assert status == 403 and b"does not hold block gyro-encoder" in body
+            assert status == 403 and b"does not hold block encoder-gyro" in body
+
+
+async def test_a_head_has_no_forward_graph_to_get(served: Served) -> None:
+    path = f"{ROOT}/artifacts/head/training_forward.onnx"
+    assert await served.get(path, login("watch")) == (404, b"no such artifact in the manifest")
+
+
+@pytest.mark.parametrize("device", ENROLLED)
+async def test_every_device_gets_the_optimizers(served: Served, device: str) -> None:
+    for name in ("sgd", "adamw"):
+        path = f"{ROOT}/artifacts/optimizers/{name}.onnx"
+        assert await served.get(path, login(device)) == (200, name.encode())
+        assert (await served.get(path, OPERATOR))[0] == 401
 
 
 TRICKS = (
@@ -320,9 +347,9 @@ async def test_nothing_but_the_manifests_files_is_served(served: Served, trick: 
 
 
 async def test_an_own_and_a_foreign_block_differ_by_one_dot_dot(served: Served) -> None:
-    path = f"{ROOT}/artifacts/head/../gyro-encoder/parameters.bin"
+    path = f"{ROOT}/artifacts/head/../encoder-gyro/parameters.bin"
     status, body = await served.get(path, login("watch"))
-    assert status in (403, 404) and to_bytes(INITIAL["gyro-encoder"]) not in body
+    assert status in (403, 404) and to_bytes(INITIAL["encoder-gyro"]) not in body
 
 
 # Block versions
@@ -346,12 +373,12 @@ async def test_a_block_is_its_vector_and_counted_as_traffic(served: Served) -> N
 
 
 async def test_a_device_gets_the_versions_of_its_own_blocks_alone(served: Served) -> None:
-    for device, foreign in (("watch", "gyro-encoder"), ("phone", "acc-encoder"), ("both", "")):
+    for device, foreign in (("watch", "encoder-gyro"), ("phone", "encoder-acc"), ("both", "")):
         for block in SIZES:
             status, _ = await served.get(f"{ROOT}/blocks/{block}/1", login(device))
             assert status == (403 if block == foreign else 200), (device, block)
     devices = await served.json(f"{ROOT}/devices", OPERATOR)
-    assert "gyro-encoder" not in devices["watch"]["blocks"]
+    assert "encoder-gyro" not in devices["watch"]["blocks"]
 
 
 async def test_old_and_new_versions_are_served_and_no_others(served: Served) -> None:
@@ -414,8 +441,9 @@ async def test_the_status_follows_the_rounds(tmp_path: Path) -> None:
             "num_reports": 0,
             "devices_enrolled": 3,
             "devices_ready": 0,
-            "shared_blocks": {"acc-encoder": 1, "gyro-encoder": 1, "fusion": 1},
+            "shared_blocks": {"encoder-acc": 1, "encoder-gyro": 1, "fusion": 1},
             "private_blocks": ["head"],
+            "frozen_blocks": [],
             "updates_accepted": 0,
             "bytes_up": 0,
             "bytes_down": 0,
@@ -438,7 +466,7 @@ async def test_the_status_follows_the_rounds(tmp_path: Path) -> None:
         await served.run.finish_round(1, 1.0, "phone")
         status = await served.json(f"{ROOT}/status", OPERATOR)
         assert (status["is_finished"], status["is_round_open"]) == (True, False)
-        assert status["shared_blocks"] == {"acc-encoder": 2, "gyro-encoder": 2, "fusion": 2}
+        assert status["shared_blocks"] == {"encoder-acc": 2, "encoder-gyro": 2, "fusion": 2}
 
 
 async def test_rounds_and_devices(served: Served) -> None:
@@ -473,8 +501,8 @@ async def test_metrics_are_what_happened(served: Served) -> None:
     await served.door.request(b"garbage")
     await served.door.request(b"more garbage")
     assert await served.metrics() == {
-        ("petalfl_block_version", "acc-encoder"): 2,
-        ("petalfl_block_version", "gyro-encoder"): 1,
+        ("petalfl_block_version", "encoder-acc"): 2,
+        ("petalfl_block_version", "encoder-gyro"): 1,
         ("petalfl_block_version", "fusion"): 2,
         ("petalfl_block_version", "head"): 2,
         ("petalfl_refused_messages_total", "malformed"): 2,
