@@ -20,7 +20,7 @@ from petalfl.schema import plain
 
 from .artifacts import export_model
 from .inspection import Inspection, inspect_artifacts, policy_of
-from .law import TOLERANCE
+from .law import OWN_TIMES, TOLERANCE
 from .merge import merge
 from .model import BlockModel
 from .schema import manifest_schema
@@ -418,7 +418,10 @@ def _findings_table(findings: list[Finding]) -> str:
     rows = [("block", "worst error", "", "in")]
     for block, error, what, is_exact in findings:
         rows.append((block or "(all)", f"{error:.1e}", "ok" if is_exact else "FAILED", what))
-    return f"{_table(rows, right={1})}\nthe limit is {TOLERANCE:g}, relative to the largest entry"
+    return (
+        f"{_table(rows, right={1})}\nthe limit is {TOLERANCE:g} of the largest entry, or "
+        f"{OWN_TIMES} times PyTorch's own float32 error where that is more"
+    )
 
 
 def _findings_json(findings: list[Finding]) -> dict[str, Any]:

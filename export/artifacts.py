@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -60,8 +61,10 @@ def export_model(
         ModelError: A block cannot be exported exactly, or ``out`` holds something else.
     """
     out = out.resolve()
-    if (out.is_file() or (out.is_dir() and any(out.iterdir()))) and not _is_artifacts(out):
-        raise ModelError(f"{out} holds something that is no artifacts folder; choose another place")
+    if foreign := _foreign(out):
+        raise ModelError(
+            f"{out} holds something that is no artifacts folder ({foreign}); choose another place"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -71,13 +74,29 @@ def export_model(
         manifest = _Writer(model, work, file_format).write(progress, source)
         progress("one-step law")
         check_one_step(model, work)
-        work.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        work.rename(out)
+        _move(work, out)
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+_FILES = re.compile(
+    r"manifest\.json|state\.pt|optimizers/\w+\.(onnx|ort)|[a-z0-9-]+/(parameters\.bin|"
+    r"(eval_model|training_\w+)\.(onnx|ort))"
+)
+
+
+def _foreign(out: Path) -> str:
+    """A file there that no export has made, if any: a folder with one is not replaced."""
+    if out.is_file():
+        return "a file"
+    files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+    foreign = [path for path in files if not _FILES.fullmatch(path)]
+    if foreign or not files or _is_artifacts(out):
+        return min(foreign, default="")
+    return files[0]
 
 
 def _is_artifacts(folder: Path) -> bool:
@@ -87,6 +106,21 @@ def _is_artifacts(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format_version", "modalities"} <= manifest.keys()
+
+
+def _move(work: Path, out: Path) -> None:
+    """Puts ``work`` in the place of ``out``, which goes only when that has succeeded."""
+    work.chmod(0o755)
+    aside = work.with_name(f"{work.name}-old")
+    if out.exists():
+        out.rename(aside)
+    try:
+        work.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 class _Writer:
@@ -129,9 +163,9 @@ class _Writer:
 
     def _input(self, modality: str, example: Tensor) -> Value:
         shape: list[int | Size] = [BATCH_SIZE, *example.shape[1:]]
-        for axis in self._model.dynamic_axes.get(modality, ()):
-            name, length = f"{modality}.{axis}", example.shape[axis]
-            self._axes[name] = length, 2 * length + 1
+        for axis, (low, high) in self._model.dynamic_axes.get(modality, {}).items():
+            name = f"{modality}.{axis}"
+            self._axes[name] = low, high
             shape[axis] = Size(((1, (name,)),))
         return Value(tuple(shape), example.dtype)
 
@@ -141,6 +175,9 @@ class _Writer:
             _open_shape(value),
             "float32" if value.dtype == torch.float32 else "int64",
             self._model.num_values.get(name),
+            tuple(
+                tuple(ends) for _, ends in sorted(self._model.dynamic_axes.get(name, {}).items())
+            ),
         )
 
     def _write_block(self, spec: BlockSpec) -> Block:

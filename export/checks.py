@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def check_known(what: str, names: Collection[str], known: Collection[str]) -> No
 def check_examples(
     examples: Mapping[str, Tensor],
     num_values: Mapping[str, int],
-    dynamic_axes: Mapping[str, tuple[int, ...]],
+    dynamic_axes: Mapping[str, Mapping[int, tuple[int, int]]],
 ) -> None:
     """Equally long batches of float32, or of int64 with a known range."""
     check_known("num_values", num_values, examples)
@@ -60,15 +61,32 @@ def check_examples(
                 f"modality {name}: the example is {x.dtype}, expected torch.float32 or torch.int64"
             )
         _check_range(name, x, num_values.get(name))
-        for axis in dynamic_axes.get(name, ()):
-            if not 0 < axis < x.dim():
-                raise ModelError(
-                    f"modality {name}: dynamic axis {axis}, expected one of 1 to {x.dim() - 1} "
-                    "(0 is the batch, which always is)"
-                )
+        _check_axes(name, x, dynamic_axes.get(name, {}))
     if len({len(x) for x in examples.values()}) != 1:
         found = ", ".join(f"{name} {len(x)}" for name, x in examples.items())
         raise ModelError(f"the example batches differ in length: {found}")
+
+
+def _check_axes(name: str, x: Tensor, axes: Any) -> None:
+    if not isinstance(axes, Mapping):
+        raise ModelError(
+            f"modality {name}: dynamic_axes {axes!r}, expected the shortest and longest length by "
+            "axis, as in {1: (10, 200)}"
+        )
+    for axis, ends in axes.items():
+        if axis not in range(1, x.dim()):
+            raise ModelError(
+                f"modality {name}: dynamic axis {axis}, expected one of 1 to {x.dim() - 1} "
+                "(0 is the batch, which always is)"
+            )
+        is_range = isinstance(ends, Sequence) and len(ends) == 2 and all(
+            type(end) is int for end in ends
+        )  # fmt: skip
+        if not is_range or not 1 <= ends[0] < ends[1] or not ends[0] <= x.shape[axis] <= ends[1]:
+            raise ModelError(
+                f"modality {name}: axis {axis} from {ends!r}, expected (shortest, longest) with "
+                f"the example's {x.shape[axis]} between them"
+            )
 
 
 def _check_range(name: str, x: Tensor, num_values: int | None) -> None:

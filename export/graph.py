@@ -324,9 +324,11 @@ class _Builder:
         for name in [PARAMETERS] * (self._num_trainable > 0) + differentiate_by:
             tensors[name] = tensors[name].detach().requires_grad_()
         self._module.train(not self._spec.is_frozen)
+        # Not the leaves themselves, which a block that begins in place may not write to.
+        given = {n: t.clone() if n in differentiate_by else t for n, t in tensors.items()}
         masks = [Mask(tensors[d.name], d.batch_axis) for d in dropouts]
         with attention_in_python(), Rewrites(masks) as rewrites:
-            found, own = self._call(tensors)
+            found, own = self._call(given)
         results = {name: value.detach() for name, value in found.items()}
         if task := self._spec.task:
             (output,) = found.values()
@@ -383,6 +385,8 @@ def _dropout(name: str, acts_on: tuple[int | Size, ...], rate: float) -> Dropout
             varying.append(axes[0])
         else:
             raise UnsupportedError(f"a dropout acts on {times} times the length of {axes[0]}")
+    if rate >= 1:
+        raise UnsupportedError(f"a dropout of {rate:g} leaves nothing")
     if batch_axis < 0:
         raise UnsupportedError(f"a dropout acts on {acts_on}, which has no batch in it")
     return Dropout(name, tuple(dims), rate, tuple(varying), batch_axis)
@@ -413,6 +417,9 @@ class _WithTensors(nn.Module):
 def _prepared(spec: BlockSpec) -> nn.Module:
     """A copy that writes nothing in place of its own accord."""
     module = copy.deepcopy(spec.module).requires_grad_(False)
+    for name, tensor in module.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise UnsupportedError(f"parameter {name} holds NaN or infinity")
     for layer in module.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             raise UnsupportedError("SyncBatchNorm is for several processes; use BatchNorm")
@@ -474,8 +481,9 @@ def _layout(tensors: Any) -> tuple[Parameter, ...]:
 def _mean_loss(loss: str, output: Tensor, labels: Tensor) -> Tensor:
     if loss == "cross_entropy":  # by comparison: a gather's gradient would be a scatter
         classes = torch.arange(output.shape[1])
-        is_label = (labels.unsqueeze(1) == classes).to(output.dtype)
-        return -(output.log_softmax(1) * is_label).sum() / output.shape[0]
+        is_label = labels.unsqueeze(1) == classes
+        # Chosen, not multiplied: a class may be masked by a logit of minus infinity.
+        return -torch.where(is_label, output.log_softmax(1), 0.0).sum() / output.shape[0]
     if loss == "mse":  # PyTorch's own gradient multiplies by 2 / n, which is no product of lengths
         return (output - labels).square().mean()
     return LOSSES[loss](output, labels)

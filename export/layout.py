@@ -89,8 +89,8 @@ def make_tasks(
     tasks = {}
     for name in names:
         check_known(f"the loss of {name}", [losses.get(name, "")], LOSSES)
-        weight = float(weights.get(name, 1.0))
-        if not 0 < weight < math.inf:
-            raise ModelError(f"loss_weights of {name}: {weight}, expected a positive number")
-        tasks[name] = TaskSpec(losses[name], weight, tuple(classes.get(name, ())))
+        weight = weights.get(name, 1.0)
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ModelError(f"loss_weights of {name}: {weight!r}, expected a positive number")
+        tasks[name] = TaskSpec(losses[name], float(weight), tuple(classes.get(name, ())))
     return tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -52,7 +53,8 @@ class BlockModel(nn.Module):
             the fusion and the heads.
         missing: "mask" is as above; with "zero", there is no argument ``present``.
         num_values: By int64 modality: its values lie in ``[0, num_values)``.
-        dynamic_axes: By modality: the axes, from 1, whose length may vary between batches.
+        dynamic_axes: By modality: the axes, from 1, whose length may vary between batches, with
+            the shortest and the longest length, as in ``{"words": {1: (4, 64)}}``.
 
     Attributes:
         tasks: By task; that of a single head given as a module is called "head".
@@ -77,11 +79,11 @@ class BlockModel(nn.Module):
         private_blocks: tuple[str, ...] | None = None,
         missing: Literal["mask", "zero"] = "mask",
         num_values: Mapping[str, int] | None = None,
-        dynamic_axes: Mapping[str, tuple[int, ...]] | None = None,
+        dynamic_axes: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        self.examples = dict(examples)
+        self.examples = {name: _own(x) for name, x in examples.items()}
         self.missing = missing
         self.num_values = dict(num_values or {})
         self.dynamic_axes = dict(dynamic_axes or {})
@@ -249,10 +251,24 @@ class BlockModel(nn.Module):
 
     @torch.no_grad()
     def _run_examples(self) -> dict[str, Value]:
-        self.eval()
-        values = self._run(self.examples)
-        self.train()
-        return values
+        with _modes_kept(self):
+            return self.eval()._run({name: _own(x) for name, x in self.examples.items()})
+
+
+def _own(example: Any) -> Any:
+    """A copy, which a block may write to."""
+    return example.detach().clone() if isinstance(example, Tensor) else example
+
+
+@contextlib.contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    """Leaves every layer in the mode that it was in."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
 
 
 def _leaves(paths: str | Mapping[str, Any]) -> Iterator[str]:
@@ -288,15 +304,14 @@ def _check_cut(
     for layer in training_layers(module):
         if layer not in {*modules.modules()}:
             raise ModelError(f"{layer} belongs to no block, and would not act in training")
-    module.eval()
-    model.eval()
-    try:
-        expected = call(module, dict(model.examples))
-    except Exception as error:  # whatever the user's own code raises
-        raise ModelError(f"calling {type(module).__name__} fails: {error!r}"[:500]) from error
-    found = model(model.examples)
-    module.train()
-    model.train()
+    with _modes_kept(module), _modes_kept(model):
+        module.eval()
+        model.eval()
+        try:
+            expected = call(module, {name: _own(x) for name, x in model.examples.items()})
+        except Exception as error:  # whatever the user's own code raises
+            raise ModelError(f"calling {type(module).__name__} fails: {error!r}"[:500]) from error
+        found = model({name: _own(x) for name, x in model.examples.items()})
     if isinstance(found, Tensor):
         found, expected = {"": found}, {"": expected}
     elif isinstance(expected, (tuple, list)):

@@ -116,12 +116,28 @@ def _torch_dropout(mode: Rewrites, input: Tensor, p: float, train: bool) -> Tens
     return _dropout(mode, input, p, train)
 
 
-def _channel_dropout(
-    mode: Rewrites, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    """Whole channels at once: the mask is ``(b, C, 1, …)``."""
-    shape = (*input.shape[:2], *(1 for _ in input.shape[2:]))
-    return mode.drop(input, p, shape) if training else input
+def _channel_dropout(num_axes: int) -> Callable[..., Tensor]:
+    """Whole channels at once; of an input without a batch, the first axis is the channels'."""
+
+    def drop(
+        mode: Rewrites,
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        kept = 2 if input.dim() == num_axes + 2 or (num_axes, input.dim()) == (2, 3) else 1
+        shape = (*input.shape[:kept], *(1 for _ in input.shape[kept:]))
+        return mode.drop(input, p, shape) if training else input
+
+    return drop
+
+
+_CHANNEL_DROPOUTS = {
+    F.dropout1d: _channel_dropout(1),
+    F.dropout2d: _channel_dropout(2),
+    F.dropout3d: _channel_dropout(3),
+}
 
 
 def _batch_norm(
@@ -292,6 +308,8 @@ def _adaptive_max_pool(pool: Callable[..., Tensor], name: str) -> Callable[..., 
     def run(
         mode: Rewrites, input: Tensor, output_size: Any, return_indices: bool = False
     ) -> Tensor:
+        if return_indices:
+            raise UnsupportedError(f"{name} with return_indices")
         n = 2 if pool is F.max_pool2d else 1
         wanted = output_size if isinstance(output_size, (tuple, list)) else [output_size] * n
         sizes = list(input.shape[-n:])
@@ -380,9 +398,7 @@ _REFUSED = {
 REWRITES: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _torch_dropout,
-    F.dropout1d: _channel_dropout,
-    F.dropout2d: _channel_dropout,
-    F.dropout3d: _channel_dropout,
+    **_CHANNEL_DROPOUTS,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.pad: _pad,
@@ -407,7 +423,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
 def dropouts_only(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
     """Chooses what is random and nothing else: PyTorch itself runs the rest."""
     rewrite = REWRITES.get(func)
-    if rewrite in (_dropout, _torch_dropout, _channel_dropout, _multi_head_attention):
+    if func in _CHANNEL_DROPOUTS or rewrite in (_dropout, _torch_dropout, _multi_head_attention):
         return rewrite
     if rewrite is _attention and (kwargs.get("dropout_p") or args[4:5] not in ((), (0.0,))):
         return rewrite

@@ -12,7 +12,7 @@ from petalfl.model import Block, ModelManifest, read_artifact
 
 from .block import BlockSpec
 from .inspection import files
-from .law import COINCIDENCE, NUM_TRIES, TOLERANCE, Errors, worst_errors
+from .law import COINCIDENCE, NUM_TRIES, Errors, worst_errors
 from .model import BlockModel
 from .rewrites import statistics_of
 from .state import join_state
@@ -122,7 +122,7 @@ def _suspects(passes: list[Errors]) -> Iterator[tuple[str, str]]:
     for key in {key for errors in passes for key in errors}:
         found = [errors[key] for errors in passes if key in errors]
         is_far_off = any(not error <= COINCIDENCE for error in found)
-        if is_far_off or all(not error <= TOLERANCE for error in found):
+        if is_far_off or all(not error.is_kept for error in found):
             yield key
 
 

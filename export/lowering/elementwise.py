@@ -23,10 +23,17 @@ for _name, _kind in {
     "abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin",
     "cos": "Cos", "tanh": "Tanh", "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf",
     "floor": "Floor", "ceil": "Ceil", "reciprocal": "Reciprocal", "sign": "Sign", "sgn": "Sign",
-    "logical_not": "Not", "bitwise_not": "Not", "round": "Round", "atan": "Atan", "sinh": "Sinh",
+    "logical_not": "Not", "isnan": "IsNaN", "round": "Round", "atan": "Atan", "sinh": "Sinh",
     "cosh": "Cosh", "tan": "Tan", "asin": "Asin", "acos": "Acos",
 }.items():  # fmt: skip
     TABLE[f"aten.{_name}.default"] = _unary(_kind)
+
+
+@lowers("bitwise_not.default")
+def _bitwise_not(g: GraphWriter, op: Op, x: Any) -> None:
+    if op.dtype != torch.bool:
+        raise UnsupportedError("bitwise not of integers")
+    g.put(op, "Not", [g.value(x)])
 
 
 @lowers("rsqrt.default")
@@ -48,13 +55,17 @@ def _log1p(g: GraphWriter, op: Op, x: Any) -> None:
 
 @lowers("expm1.default")
 def _expm1(g: GraphWriter, op: Op, x: Any) -> None:
+    g.same(op, _expm1_of(g, g.value(x), op.dtype))
+
+
+def _expm1_of(g: GraphWriter, x: str, dtype: torch.dtype | None) -> str:
     """2 tanh(x / 2) / (1 − tanh(x / 2)) for small |x|, where e^x − 1 cancels."""
-    one = g.value(1, op.dtype)
-    t = g.node("Tanh", [g.node("Mul", [g.value(x), g.value(0.5, op.dtype)])])
+    one = g.value(1, dtype)
+    t = g.node("Tanh", [g.node("Mul", [x, g.value(0.5, dtype)])])
     small = g.node("Div", [g.node("Add", [t, t]), g.node("Sub", [one, t])])
-    large = g.node("Sub", [g.node("Exp", [g.value(x)]), one])
-    is_small = g.node("Less", [g.node("Abs", [g.value(x)]), one])
-    g.put(op, "Where", [is_small, small, large])
+    large = g.node("Sub", [g.node("Exp", [x]), one])
+    is_small = g.node("Less", [g.node("Abs", [x]), one])
+    return g.node("Where", [is_small, small, large])
 
 
 @lowers("gelu.default")
@@ -80,15 +91,11 @@ def _leaky_relu(g: GraphWriter, op: Op, x: Any, negative_slope: float = 0.01) ->
 def _elu(
     g: GraphWriter, op: Op, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1
 ) -> None:
-    if scale != 1 or input_scale != 1:
-        value = g.value(x)
-        scaled = g.node("Mul", [value, g.value(input_scale, op.dtype)])
-        negative = g.node("Elu", [scaled], alpha=float(alpha))
-        is_positive = g.node("Greater", [value, g.value(0, op.dtype)])
-        chosen = g.node("Where", [is_positive, value, negative])
-        g.put(op, "Mul", [chosen, g.value(scale, op.dtype)])
-        return
-    g.put(op, "Elu", [g.value(x)], alpha=float(alpha))
+    value, zero = g.value(x), g.value(0, op.dtype)
+    falling = g.node("Min", [g.node("Mul", [value, g.value(input_scale, op.dtype)]), zero])
+    negative = g.node("Mul", [_expm1_of(g, falling, op.dtype), g.value(alpha * scale, op.dtype)])
+    positive = g.node("Mul", [value, g.value(scale, op.dtype)])
+    g.put(op, "Where", [g.node("Greater", [value, zero]), positive, negative])
 
 
 def _binary(kind: str) -> Lower:
@@ -109,16 +116,21 @@ for _name, _kind in {"maximum.default": "Max", "minimum.default": "Min",
     TABLE[f"aten.{_name}"] = _binary(_kind)
 
 
-@lowers("add.Tensor", "sub.Tensor")
-def _add(g: GraphWriter, op: Op, a: Any, b: Any, alpha: float = 1) -> None:
-    """Plus zeros, as autograd makes them for an output that nobody uses, is nothing."""
-    kind = "Add" if op.target.startswith("aten.add") else "Sub"
-    _binary(kind)(g, op, a, b, alpha)
-
-
 @lowers("div.Tensor", "div.Scalar", "true_divide.Tensor")
 def _div(g: GraphWriter, op: Op, a: Any, b: Any) -> None:
     g.put(op, "Div", [g.value(a, op.dtype), g.value(b, op.dtype)])
+
+
+@lowers("div.Tensor_mode", "div.Scalar_mode")
+def _div_mode(g: GraphWriter, op: Op, a: Any, b: Any, rounding_mode: str | None = None) -> None:
+    if op.dtype != torch.float32 or rounding_mode is None:
+        raise UnsupportedError(f"{op.target} of {op.dtype} with rounding_mode={rounding_mode!r}")
+    quotient = g.node("Div", [g.value(a, op.dtype), g.value(b, op.dtype)])
+    if rounding_mode == "floor":
+        g.put(op, "Floor", [quotient])
+    else:
+        whole = g.node("Floor", [g.node("Abs", [quotient])])
+        g.put(op, "Mul", [g.node("Sign", [quotient]), whole])
 
 
 @lowers("rsub.Scalar", "rsub.Tensor")
@@ -181,14 +193,11 @@ def _clamp(g: GraphWriter, op: Op, x: Any, min: Any = None, max: Any = None) -> 
     g.put(op, "Clip", [g.value(x, op.dtype), *bounds])
 
 
-@lowers("_to_copy.default", "to.dtype", "type_as.default", "prims.convert_element_type.default")
+@lowers("_to_copy.default", "to.dtype", "type_as.default")
 def _cast(g: GraphWriter, op: Op, x: Any, *rest: Any, **keywords: Any) -> None:
     if op.dtype not in ONNX_TYPES:
         raise UnsupportedError(f"a cast to {op.dtype}")
     g.same(op, g.value(x, op.dtype))
-
-
-TABLE["prims.convert_element_type.default"] = _cast
 
 
 @lowers("full.default", "zeros.default", "ones.default", "scalar_tensor.default",

@@ -45,7 +45,8 @@ def _unsqueeze(g: GraphWriter, op: Op, x: Any, dim: int) -> None:
 
 @lowers("squeeze.dims", "squeeze.dim", "squeeze.default")
 def _squeeze(g: GraphWriter, op: Op, x: Any, dims: Any = None) -> None:
-    axes = [a for a in g.axes(x, dims) if g.shape(x)[a] == 1]
+    wanted = [] if dims == () else g.axes(x, dims)
+    axes = [a for a in wanted if g.shape(x)[a] == 1]
     if axes:
         g.put(op, "Squeeze", [g.value(x), g.constant(axes, np.int64)])
     else:
@@ -153,7 +154,7 @@ def _pad(g: GraphWriter, op: Op, x: Any, widths: Any, value: float = 0.0) -> Non
 
 @lowers("flip.default")
 def _flip(g: GraphWriter, op: Op, x: Any, dims: Any) -> None:
-    axes = g.axes(x, dims)
+    axes = g.axes(x, dims) if dims else []
     n = len(axes)
     at = [g.constant(v, np.int64) for v in ([-1] * n, [-END] * n, axes, [-1] * n)]
     g.put(op, "Slice", [g.value(x), *at])

@@ -75,9 +75,11 @@ def _check_input(manifest: ModelManifest, name: str, value: ArrayLike) -> NDArra
             f"unknown modality {name!r}, the model has {', '.join(manifest.modalities)}"
         )
     array = _array(f"modality {name}", value)
-    if array.ndim == 0 or not fits(array.shape[1:], modality.shape):
+    if array.ndim == 0 or not modality.fits(array.shape[1:]):
+        lengths = f" of lengths {modality.ranges}" if modality.ranges else ""
         raise DataError(
-            f"modality {name}: found shape {array.shape}, expected {_shown('n', modality.shape)}"
+            f"modality {name}: found shape {array.shape}, "
+            f"expected {_shown('n', modality.shape)}{lengths}"
         )
     if modality.dtype == "int64":
         return _check_integers(name, modality, array)

@@ -121,6 +121,12 @@ class OrtTrainingEngine:
         values = graph.run({"parameters": vector, **feeds})
         loss = float(values.pop("loss")) if "loss" in values else None
         parameters, statistics = values.pop("gradient", None), values.pop("statistics", None)
+        found = 0 if parameters is None else parameters.size
+        if found != block.num_trainable:
+            raise ModelError(
+                f"block {block.name}: its graph gives a gradient of {found} parameters, the "
+                f"manifest says {block.num_trainable}"
+            )
         inputs = {name.removeprefix("d_"): value for name, value in values.items()}
         return Gradients(parameters, inputs, loss, statistics)
 

@@ -75,7 +75,7 @@ class HttpClient:
             refused = error.code in (400, 401, 403, 409)
             kind = EnrollError if refused else TransportError
             raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
         if len(data) > max_bytes:

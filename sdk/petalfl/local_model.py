@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from petalfl import metrics
-from petalfl.data import Labels, check_inputs, check_labels, fits
+from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.engine import Engine, OrtTrainingEngine
 from petalfl.errors import DataError
 from petalfl.model import Block, ModelManifest
@@ -107,7 +107,7 @@ class LocalModel:
     def _batched(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
         modalities = self.manifest.modalities
-        if all(n in modalities and fits(a.shape, modalities[n].shape) for n, a in arrays.items()):
+        if all(n in modalities and modalities[n].fits(a.shape) for n, a in arrays.items()):
             return {name: array[np.newaxis] for name, array in arrays.items()}
         return arrays
 

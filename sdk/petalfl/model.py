@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,21 @@ class Modality:
 
     Attributes:
         num_values: Of int64: values lie in [0, num_values).
+        ranges: For each None in ``shape``: the shortest and the longest length.
     """
 
     shape: OpenShape
     dtype: Literal["float32", "int64"] = "float32"
     num_values: Annotated[int, Limit(1, 1 << 31)] | None = None
+    ranges: Annotated[tuple[Annotated[tuple[Dim, ...], Limit(2, 2)], ...], Limit(0, 8)] = ()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an example may have this shape."""
+        ranges = iter(self.ranges)
+        ends = [next(ranges) if dim is None else (dim, dim) for dim in self.shape]
+        return len(shape) == len(ends) and all(
+            low <= size <= high for size, (low, high) in zip(shape, ends, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +397,8 @@ def _check_names(manifest: ModelManifest) -> None:
                 f"modality {name}: {modality.dtype} with num_values {modality.num_values}, "
                 "expected them for int64 and for it alone"
             )
+        if len(modality.ranges) != modality.shape.count(None):
+            raise ModelError(f"modality {name}: {len(modality.ranges)} ranges for {modality.shape}")
     for name in manifest.private_blocks:
         if name not in {block.name for block in manifest.blocks}:
             raise ModelError(f"private block {name!r} is no block of the model")
@@ -407,6 +420,9 @@ def _check_block(block: Block) -> None:
         raise ModelError(f"{where}: masks {masks[:4]}, expected mask.0, mask.1, …")
     if any(len(d.varying) != d.shape.count(None) for d in block.dropouts):
         raise ModelError(f"{where}: a mask's varying axes do not fit its shape")
+    for shape in (*(t.shape for t in block.outputs), *(d.shape for d in block.dropouts)):
+        if math.prod(dim or 1 for dim in shape) > MAX_BLOCK_SIZE:
+            raise ModelError(f"{where}: a tensor of shape {shape} is too large for a device")
     if (block.task is not None) != (block.kind == "head"):
         raise ModelError(f"{where}: expected a task of heads, and of them alone")
     if block.task is not None:
@@ -451,7 +467,7 @@ def _check_vector(block: Block) -> None:
 def _check_paths(where: str, folder: str, artifacts: Iterable[Artifact]) -> None:
     for artifact in artifacts:
         found, _, file = artifact.path.partition("/")
-        if found != folder or not file.replace("_", "").replace(".", "").isalnum():
+        if found != folder or not re.fullmatch(r"\w[\w.]{0,63}", file, re.ASCII):
             raise ModelError(f"{where}: path {artifact.path!r} leads out of {folder}/")
 
 

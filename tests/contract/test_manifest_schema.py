@@ -33,7 +33,12 @@ Place = tuple[str | int, ...]
 def manifests() -> dict[str, Any]:
     """Valid manifests, as JSON has them; the first has something in every field."""
     rich = json.loads(rich_manifest(private_blocks=("fusion",), source="models:build").to_json())
-    rich["modalities"]["a"] = {"shape": [None, 2], "dtype": "int64", "num_values": 5}
+    rich["modalities"]["a"] = {
+        "shape": [None, 2],
+        "dtype": "int64",
+        "num_values": 5,
+        "ranges": [[2, 9]],
+    }
     task = next(b["task"] for b in rich["blocks"] if b["name"] == "head-q")
     task |= {"class_names": ["x", "y", "z"], "weight": 1.5}  # no whole floats: see LEAVES
     return {"rich": rich, "fusionless": json.loads(fusionless_manifest().to_json())}

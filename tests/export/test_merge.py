@@ -106,7 +106,7 @@ def cut(module: nn.Module) -> BlockModel:
         loss={"kind": "cross_entropy", "size": "mse"},
         missing="zero",
         num_values={"words": 9},
-        dynamic_axes={"words": (1,)},
+        dynamic_axes={"words": {1: (4, 17)}},
     )
 
 

@@ -400,7 +400,8 @@ REFUSED: dict[str, tuple[Callable[[], BlockModel], str]] = {
     ),
     "private-blocks": (lambda: build(private_blocks=("tail",)), "private_blocks names 'tail'"),
     "num-values-unknown": (lambda: build(num_values={"c": 2}), "num_values names 'c'"),
-    "dynamic-axes-unknown": (lambda: build(dynamic_axes={"c": (1,)}), "dynamic_axes names 'c'"),
+    "dynamic-axes-unknown": (lambda: build(dynamic_axes={"c": {1: (4, 17)}}),
+                             "dynamic_axes names 'c'"),
     "missing": (lambda: build(missing="drop"), "missing names 'drop', expected one of mask, zero"),
     # examples
     "no-encoder": (lambda: build(encoders={}, examples={}), r"encoders are given for \[\]"),
@@ -427,9 +428,9 @@ REFUSED: dict[str, tuple[Callable[[], BlockModel], str]] = {
         lambda: with_example(TOKENS - 1, num_values={"a": 9}),
         r"modality a: the example holds -1, outside \[0, 9\)",
     ),
-    "batch-axis": (lambda: build(dynamic_axes={"a": (0,)}), "modality a: dynamic axis 0"),
+    "batch-axis": (lambda: build(dynamic_axes={"a": {0: (4, 17)}}), "modality a: dynamic axis 0"),
     "axis": (
-        lambda: build(dynamic_axes={"a": (2,)}),
+        lambda: build(dynamic_axes={"a": {2: (4, 17)}}),
         "modality a: dynamic axis 2, expected one of 1 to 1",
     ),
     # tasks

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from export import BlockModel
+from export.law import Error
 from export.verify import load_values, verify
 from petalfl.errors import ModelError
 from petalfl.model import ModelManifest
@@ -41,7 +42,7 @@ def test_a_coincidence_is_told_from_an_error(
     def worst_errors(model: Any, folder: Any, seed: int, progress: Any) -> Any:
         seeds.append(seed)
         progress(1, 3)
-        return {("", "loss"): 0.0, KEY: errors[len(seeds) - 1]}
+        return {("", "loss"): Error(0.0), KEY: Error(errors[len(seeds) - 1])}
 
     monkeypatch.setattr("export.verify.worst_errors", worst_errors)
     ticks: list[tuple[int, int]] = []
@@ -67,7 +68,7 @@ def test_as_many_batches_as_asked_for(
 
     def worst_errors(model: Any, folder: Any, seed: int, progress: Any) -> Any:
         seeds.append(seed)
-        return {KEY: 1e-4}
+        return {KEY: Error(1e-4)}
 
     monkeypatch.setattr("export.verify.worst_errors", worst_errors)
     verify(small(), small_artifacts, num_batches=5)

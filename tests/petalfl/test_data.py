@@ -14,7 +14,8 @@ from tests.petalfl.builders import make_block, make_manifest
 def manifest_of(*heads: Block) -> ModelManifest:
     modalities = {
         "acc": Modality((3, 4)), "hr": Modality((2,)), "temp": Modality(()),
-        "words": Modality((None,), "int64", 100), "image": Modality((1, None, None)),
+        "words": Modality((None,), "int64", 100, ((1, 64),)),
+        "image": Modality((1, None, None), ranges=((1, 64), (1, 64))),
         "place": Modality((), "int64", 5),
     }  # fmt: skip
     encoders = [make_block(f"encoder-{name}", (name,), 1, 1) for name in modalities]

@@ -30,7 +30,8 @@ from tests.petalfl.builders import (
 )
 
 MANIFEST = make_manifest(
-    {"acc": Modality((3, 100)), "gyro": Modality(()), "text": Modality((None,), "int64", 1000)},
+    {"acc": Modality((3, 100)), "gyro": Modality(()),
+     "text": Modality((None,), "int64", 1000, ((1, 64),))},
     make_block("encoder-acc", ("acc",), 2, 3, dropout=0.25),
     make_block("backbone-text", ("text",), {"tokens": 4, "mean": 2}, 1, is_frozen=True,
                reached=False),
@@ -55,7 +56,12 @@ def test_json_round_trip() -> None:
     assert PLAIN["blocks"][0]["dropouts"] == [
         {"name": "mask.0", "rate": 0.25, "shape": [2], "varying": [], "batch_axis": 0}
     ]
-    assert PLAIN["modalities"]["text"] == {"dtype": "int64", "num_values": 1000, "shape": [None]}
+    assert PLAIN["modalities"]["text"] == {
+        "dtype": "int64",
+        "num_values": 1000,
+        "shape": [None],
+        "ranges": [[1, 64]],
+    }
     assert PLAIN["blocks"][5]["artifacts"]["training_forward"] is None
     assert PLAIN["blocks"][5]["task"] == {
         "class_names": ["x", "y", "z"], "loss": "cross_entropy", "weight": 1.0

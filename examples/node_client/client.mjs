@@ -1,0 +1,206 @@
+// A device: node client.mjs --url URL --token T --data data.json --store DIR [--device NAME]
+import { randomBytes } from "node:crypto";
+import { once } from "node:events";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { parseArgs } from "node:util";
+import { decode as unpack, encode as pack } from "@msgpack/msgpack";
+import { connectAsync } from "mqtt";
+import {
+  Engine, heldBlocks, parseManifest, read, sha256, toBytes, toTensors, toVector, write,
+} from "./model.mjs";
+import { Draws, train } from "./train.mjs";
+import { Uplink, decode, encode, pauses, topicsOf } from "./wire.mjs";
+
+const text = { type: "string" };
+const { values: options } = parseArgs({
+  options: { url: text, token: text, data: text, store: text, device: text, federation: text },
+});
+const { url, token, store = ".", federation = "default" } = options;
+const root = `${url}/v1/${federation}`;
+const stateFile = join(store, "state.msgpack");
+const artifacts = join(store, "artifacts");
+
+/** The body of an answer, of that sha256 if one is given; `body` is posted as JSON. */
+async function request(path, authorization, { body, digest } = {}) {
+  const answer = await fetch(`${root}/${path}`, {
+    method: body ? "POST" : "GET",
+    headers: { Authorization: authorization, "Content-Type": "application/json" },
+    body: body && JSON.stringify(body),
+    redirect: "error",
+    signal: AbortSignal.timeout(30_000),
+  });
+  const data = Buffer.from(await answer.arrayBuffer());
+  if (!answer.ok) throw new Error(`${path}: ${answer.status} ${data.toString().trim()}`);
+  if (digest && sha256(data) !== digest) throw new Error(`${path}: wrong sha256`);
+  return data;
+}
+
+/** Enrolls once in a store's life. */
+async function identify(modalities) {
+  const path = join(store, "identity.json");
+  if (!read(path)) {
+    const device = options.device ?? `node-${randomBytes(4).toString("hex")}`;
+    write(path, await request("enroll", `Bearer ${token}`, { body: { device, modalities } }));
+  }
+  return JSON.parse(read(path));
+}
+
+/** Downloads what the device's blocks need and is not there yet. */
+async function fetchArtifacts(manifest, held, isShared, login) {
+  const files = Object.values(manifest.optimizers);
+  for (const block of held) {
+    const { parameters, ...graphs } = block.artifacts;
+    files.push(...Object.values(graphs).filter(Boolean), ...(isShared(block) ? [] : [parameters]));
+  }
+  for (const file of files) {
+    const [path, digest] = [join(artifacts, file.path), file.sha256];
+    if (sha256(read(path) ?? "") === digest) continue;
+    write(path, await request(`artifacts/${file.path}`, login, { digest }));
+  }
+}
+
+async function main() {
+  if (!url || !options.data || !options.store) throw new Error("--url, --data and --store are due");
+  const examples = JSON.parse(read(options.data) ?? "{}");
+  if (!examples.inputs || !examples.labels) throw new Error(`no examples in ${options.data}`);
+  const modalities = Object.keys(examples.inputs);
+  const { device, password, private_blocks: privateBlocks } = await identify(modalities);
+  const login = `Basic ${btoa(`${device}:${password}`)}`;
+  const manifest = parseManifest(await request("manifest", login));
+  const { inputs, labels } = toTensors(manifest, examples);
+  const tasks = Object.keys(labels);
+  const held = heldBlocks(manifest, modalities, tasks);
+  const isShared = (block) => !block.is_frozen && !privateBlocks.includes(block.name);
+  await fetchArtifacts(manifest, held, isShared, login);
+  const engine = new Engine(artifacts);
+  let state = unpack(read(stateFile) ?? pack({ round_num: 0, private: {}, outbox: [] }));
+  const shared = {}; // by block: version, digest, data
+
+  const session = JSON.parse(await request("session", login));
+  const topics = topicsOf(federation, device);
+  const offline = encode("status", { is_online: false });
+  const mqtt = await connectAsync({
+    protocol: session.mqtt_is_tls ? "mqtts" : "mqtt",
+    host: session.mqtt_host, port: session.mqtt_port, username: device, password,
+    clientId: `${federation}-${device}`, protocolVersion: 4, keepalive: 60,
+    reconnectPeriod: 1000 + 1000 * Math.random(), resubscribe: false, // `announce` does
+    will: { topic: topics.status, payload: offline, qos: 1, retain: true },
+  }, false);
+  const publish = (topic, data, retain) => mqtt.publishAsync(topic, data, { qos: 1, retain });
+  const uplink = new Uplink(publish, topics);
+  const inbox = []; // tasks
+  mqtt.on("message", (_, data) => {
+    try {
+      const message = decode(data);
+      if (message.t === "receipt") uplink.receive(message);
+      if (message.t === "task" || message.t === "finish") inbox.push(message);
+      mqtt.emit("arrival");
+    } catch (error) {
+      complain(error);
+    }
+  });
+  mqtt.on("error", complain);
+  mqtt.on("connect", () => announce().catch(complain)); // again
+  process.once("SIGTERM", () => leave(0)).once("SIGINT", () => leave(0));
+
+  async function announce() {
+    await mqtt.subscribeAsync(topics.down, { qos: 1 });
+    await publish(topics.status, encode("status", { is_online: true }), true);
+    await publish(topics.request, encode("ready", { modalities, tasks }), true);
+  }
+
+  /** Says goodbye, if the broker is there to hear it, and exits. */
+  async function leave(status) {
+    const goodbye = publish(topics.status, offline, true).then(() => mqtt.endAsync());
+    await Promise.race([goodbye, sleep(2000)]);
+    process.exit(status);
+  }
+
+  /** Tries until the server gives them: it may be on its way back. */
+  async function fetchBlocks(pointers) {
+    const pause = pauses();
+    for (const [name, { version, sha256: digest }] of Object.entries(pointers)) {
+      while (shared[name]?.digest !== digest) {
+        const data = await request(`blocks/${name}/${version}`, login, { digest }).catch(complain);
+        if (data) shared[name] = { version, digest, data };
+        else await sleep(pause.next().value);
+      }
+    }
+  }
+
+  function startOf(block) {
+    if (isShared(block)) return toVector(block, shared[block.name].data);
+    const initial = join(artifacts, block.artifacts.parameters.path);
+    return toVector(block, state.private[block.name] ?? read(initial));
+  }
+
+  /** Trains, then writes round, private blocks and outbox in one step. */
+  async function trainRound(task) {
+    const before = Object.fromEntries(held.map((block) => [block.name, startOf(block)]));
+    const draws = new Draws(task.seed, task.round_num, device);
+    const names = Object.keys(task.blocks);
+    const h = task.hyperparameters;
+    const result = await train(engine, manifest, before, inputs, labels, h, draws, names);
+    const about = { round_num: task.round_num, num_examples: result.numExamples };
+    const outbox = [];
+    const kept = { ...state.private };
+    for (const block of held) {
+      const after = result.parameters[block.name];
+      if (!isShared(block) && !block.is_frozen) kept[block.name] = toBytes(after);
+      if (!isShared(block) || !names.includes(block.name)) continue;
+      const payload = toBytes(after.map((x, i) => x - before[block.name][i]));
+      outbox.push({ payload, message: encode("update", {
+        ...about, update_id: randomBytes(16), block: block.name, codec: "f32",
+        base_version: task.blocks[block.name].version,
+        num_bytes: payload.length, sha256: sha256(payload),
+      }) });
+    }
+    const report = encode("report", { ...about, update_id: randomBytes(16), loss: result.loss });
+    outbox.push({ payload: Buffer.alloc(0), message: report });
+    state = { round_num: task.round_num, private: kept, outbox };
+    write(stateFile, pack(state));
+    console.log(`round ${task.round_num}: loss ${result.loss.toFixed(4)}`);
+  }
+
+  async function deliverOutbox() {
+    for (const outgoing of state.outbox) {
+      const receipt = await uplink.deliver(outgoing);
+      if (receipt.status === "rejected") console.error(`rejected: ${receipt.reason}`);
+    }
+    state = { ...state, outbox: [] };
+    write(stateFile, pack(state));
+  }
+
+  try {
+    await announce();
+    for (;;) {
+      while (!inbox.length) await once(mqtt, "arrival");
+      const task = inbox.shift();
+      const own = held.filter(isShared).map((block) => block.name);
+      const foreign = Object.keys(task.blocks).filter((name) => !own.includes(name));
+      if (foreign.length) throw new Error(`the server asks for ${foreign}, which is not shared`);
+      if (task.t === "finish" || task.round_num > state.round_num) {
+        await fetchBlocks(task.blocks);
+      }
+      if (task.t === "finish") break;
+      if (task.round_num > state.round_num) await trainRound(task);
+      if (task.round_num === state.round_num) await deliverOutbox();
+    }
+    write(join(store, "shared.msgpack"), pack(shared)); // with state.msgpack, the final model
+    await leave(0);
+  } catch (error) {
+    complain(error);
+    await leave(1);
+  }
+}
+
+/** One line. */
+function complain(error) {
+  console.error(`${error.message} ${error.cause?.message ?? ""}`.split("\n")[0].trim());
+}
+
+main().catch((error) => {
+  complain(error);
+  process.exit(1);
+});
