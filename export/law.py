@@ -369,7 +369,8 @@ def _recorded_outputs(model: BlockModel) -> dict[str, dict[str, NDArray[Any]]]:
 
         def record(module: nn.Module, args: Any, output: Any, name: str = spec.name) -> None:
             tensors = flatten(name, output)
-            recorded[name] = {n: t.detach().numpy() for n, t in tensors.items()}
+            # Copies: the block after it may write to them in place.
+            recorded[name] = {n: t.detach().numpy().copy() for n, t in tensors.items()}
 
         spec.module.register_forward_hook(record)
     return recorded

@@ -111,7 +111,7 @@ class BlockModel(nn.Module):
         self.head: nn.Module = _registered("task", head)
         for block in self._blocks:
             if block.is_frozen:
-                block.module.requires_grad_(False)
+                block.module.requires_grad_(False).eval()
         self.example_values = self._run_examples()
         self._cut_from: tuple[nn.Module, ...] = ()  # in a tuple: no submodule of this one
 

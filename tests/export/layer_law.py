@@ -352,6 +352,7 @@ def check(case: Case) -> dict[str, float]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
+        warnings.filterwarnings("ignore", "LSTM with projections")
         exported = Exported(case)
         errors: dict[str, float] = {}
         for length in LENGTHS:

@@ -307,7 +307,6 @@ def test_the_progress_names_every_block(tmp_path: Path) -> None:
 def test_an_artifacts_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_model(small(), out)
-    (out / "notes.txt").write_text("of the old model")
     model = tiny(linear(), name="second")
     assert export_model(model, out) == ModelManifest.load(out)
     assert ModelManifest.load(out).name == "second"
@@ -320,9 +319,23 @@ def test_an_artifacts_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_law")
 def test_artifacts_of_another_version_are_replaced(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format_version": 1, "modalities": {}}))
-    (tmp_path / "training_model.onnx").write_text("of version 1")
+    (tmp_path / "tail").mkdir()
+    (tmp_path / "tail" / "training_model.onnx").write_text("of version 1")
     export_model(small(), tmp_path)
-    assert "training_model.onnx" not in files(tmp_path)
+    assert "tail/training_model.onnx" not in files(tmp_path)
+
+
+@pytest.mark.usefixtures("without_law")
+@pytest.mark.parametrize("path", ["notes.txt", "head/thesis.tex", "deep/er/manifest.json"])
+def test_artifacts_with_a_file_of_somebody_else_are_not_replaced(path: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_model(small(), out)
+    (out / path).parent.mkdir(parents=True, exist_ok=True)
+    (out / path).write_text("years of work")
+    before = files(tmp_path)
+    with pytest.raises(ModelError, match=path):
+        export_model(small(), out)
+    assert files(tmp_path) == before
 
 
 def noisy() -> BlockModel:

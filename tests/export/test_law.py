@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from export import BlockModel, export_model, law
+from export.graph import BATCH_SIZE, build_graphs
 from export.models.har import watch
+from export.program import Value
 from petalfl import training
 from petalfl.engine import Arrays, Forward, Gradients, OrtTrainingEngine
 from petalfl.errors import ModelError
@@ -528,7 +531,7 @@ EXACT: dict[str, Callable[[], BlockModel]] = {
     ),
     "tied-weights": lambda: lone(Tied(), TOKENS, num_values={"a": 9}),
     "positions": lambda: lone(
-        Lambda(counted_positions, words=nn.Embedding(9, 4), places=nn.Embedding(16, 4)),
+        Lambda(counted_positions, words=nn.Embedding(9, 4), places=nn.Embedding(17, 4)),
         TOKENS, num_values={"a": 9}, dynamic_axes={"a": {1: (4, 17)}},
     ),
     "varying-length": lambda: lone(
@@ -1131,3 +1134,89 @@ def test_all_modalities_and_each_alone_are_tried(
     law.check_one_step(several(), several_artifacts)
     assert {subset for subset, _ in tried} == {("motion", "text"), ("motion",), ("text",)}
     assert all(length != len(several().examples["text"]) for _, length in tried)
+
+
+TRUNCATED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "to-the-first": lambda m, x: m.out(x).tanh()[:, :10].mean(1),
+    "to-the-last": lambda m, x: m.out(x).tanh()[:, -6:].mean(1),
+    "by-the-length": lambda m, x: m.out(x).mean(1) * min(x.shape[1], 12),
+}
+
+
+@pytest.mark.parametrize("case", TRUNCATED)
+def test_a_series_that_is_cut_off(case: str, tmp_path: Path) -> None:
+    """The ends of the range are traced, the law looks between them."""
+    encoder = Lambda(TRUNCATED[case], out=nn.Linear(3, 4))
+    model = lone(encoder, torch.randn(2, 8, 3), dynamic_axes={"a": {1: (4, 20)}})
+    exact_or_refused(model, tmp_path / "out", *(torch.randn(2, t, 3) for t in range(4, 21)))
+
+
+@pytest.mark.parametrize("what", ["head", "encoder"])
+def test_a_block_that_begins_in_place(what: str, tmp_path: Path) -> None:
+    """Neither the block before it nor the user's example is written to."""
+    example = torch.randn(2, 5)
+    before = example.clone()
+    if what == "head":
+        head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+        model = lone(nn.Linear(5, 4), example, head=head)
+    else:
+        model = lone(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 4)), example)
+    export_model(model, tmp_path / "out")
+    assert law_errors(model, tmp_path / "out", ["a"], 3) == {}
+    assert torch.equal(example, before)
+
+
+def test_a_class_that_is_masked_out(tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.tensor([0.0, 0.0, float("-inf")])
+
+    model = lone(nn.Linear(5, 4), torch.randn(2, 5), head=Masked(4, 3))
+    graphs = build_graphs(
+        model.blocks()[-1], {"encoder-a": Value((BATCH_SIZE, 4), torch.float32)},
+        {"encoder-a": torch.randn(2, 4)}, num_modalities=1, differentiate_by=["encoder-a"],
+    )  # fmt: skip
+    assert graphs.training_backward is not None
+    x, labels = torch.randn(3, 4), torch.tensor([0, 1, 0])
+    leaf = x.clone().requires_grad_()
+    torch.autograd.backward(nn.functional.cross_entropy(model.head(leaf), labels))
+    feeds = {"parameters": graphs.vector, "encoder-a": x.numpy(), "labels": labels.numpy()}
+    found = ort.InferenceSession(graphs.training_backward).run(["d_encoder-a"], feeds)[0]
+    assert leaf.grad is not None
+    np.testing.assert_allclose(found, leaf.grad, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Dropout1d, (4,)), (nn.Dropout3d, (4, 2, 3))])
+def test_channel_dropout_without_a_batch(
+    layer: type[nn.Module], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """PyTorch takes such an input for one example: whole rows are dropped."""
+    stage = nn.Sequential(
+        nn.Linear(5, math.prod(shape)), nn.Unflatten(1, shape), layer(0.5), nn.Flatten(),
+        nn.Linear(math.prod(shape), 4),
+    )  # fmt: skip
+    manifest = export_model(lone(stage, torch.randn(2, 5)), tmp_path / "out")
+    (dropout,) = manifest.block("encoder-a").dropouts
+    assert set(dropout.shape) <= {1}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("layer", [nn.ELU(), nn.SELU(), nn.CELU(0.5)])
+def test_exponential_units_near_zero(layer: nn.Module, scale: float, tmp_path: Path) -> None:
+    model = lone(nn.Sequential(layer, nn.Linear(5, 4)), torch.randn(2, 5))
+    exact_or_refused(model, tmp_path / "out", scale * torch.randn(6, 5))
+
+
+def test_a_parameter_that_is_not_finite(tmp_path: Path) -> None:
+    encoder = nn.Linear(5, 4)
+    with torch.no_grad():
+        encoder.bias[0] = math.nan
+    with pytest.raises(ModelError, match="block encoder-a: parameter bias holds NaN"):
+        export_model(lone(encoder, torch.randn(2, 5)), tmp_path / "out")
+
+
+def test_a_mode_that_the_user_has_set_is_kept() -> None:
+    encoder, head = nn.Linear(5, 4).eval(), nn.Linear(4, 3)
+    BlockModel(name="m", encoders={"a": encoder}, head=head, examples={"a": torch.randn(2, 5)})
+    assert not encoder.training
+    assert head.training
