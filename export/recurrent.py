@@ -43,7 +43,7 @@ def run_layers(
     """Runs stacked layers.
 
     Args:
-        cell: `Rnn`, `Gru` or `Lstm`.
+        cell: One of `CELLS`.
         x: ``(T, b, C)``.
         states: Of all layers and directions, each ``(layers × directions, b, H)``.
         weights: In PyTorch's order.
