@@ -1220,3 +1220,23 @@ def test_a_mode_that_the_user_has_set_is_kept() -> None:
     BlockModel(name="m", encoders={"a": encoder}, head=head, examples={"a": torch.randn(2, 5)})
     assert not encoder.training
     assert head.training
+
+
+@pytest.mark.parametrize(
+    ("found", "precise", "is_kept"),
+    [
+        (3e-5, None, False),  # nothing to excuse it
+        (3e-5, 2e-5, True),  # PyTorch is 2e-5 off itself, the artifact 1e-5 off that
+        (2e-4, 2e-5, False),  # more than four times as much
+        (3e-5, 2e-6, False),  # PyTorch is exact here
+        (2e-3, 2e-3, False),  # PyTorch is too far off itself for anything to be proved
+        (9e-6, 2e-3, True),
+        (math.nan, 2e-5, False),
+    ],
+)
+def test_pytorch_s_own_rounding_sets_the_limit(
+    found: float, precise: float | None, is_kept: bool
+) -> None:
+    one = np.ones(1)
+    reference = None if precise is None else one + precise
+    assert law._error(one + found, one, reference, 1.0).is_kept is is_kept
