@@ -21,7 +21,7 @@ from petalfl.model import (
 from petalfl.store import DeviceStore
 from petalfl.vectors import Vector, from_bytes
 
-_OPTIMIZER_STATE = "optimizer.state"  # the server's own, beside the block's tensors
+_OPTIMIZER = "optimizer."  # before the names of the server's own, beside the block's tensors
 
 Progress = Callable[[int, int], None]  # told what is done, and the total
 
@@ -175,9 +175,12 @@ def _read_safetensors(block: Block, path: Path) -> Vector:
         tensors = load(path.read_bytes())
     except Exception as error:  # safetensors has its own kinds
         raise ModelError(f"cannot read {path}: {error}") from error
-    tensors.pop(_OPTIMIZER_STATE, None)
-    found = {name: (array.shape, str(array.dtype)) for name, array in tensors.items()}
     expected = {tensor.name: (tensor.shape, "float32") for tensor in block.tensors}
+    found = {
+        name: (array.shape, str(array.dtype))
+        for name, array in tensors.items()
+        if name in expected or not name.startswith(_OPTIMIZER)
+    }
     if found != expected:
         name = next(n for n in found | expected if found.get(n) != expected.get(n))
         raise ModelError(

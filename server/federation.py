@@ -24,7 +24,7 @@ from petalfl.vectors import Vector, from_bytes, to_bytes
 
 from .aggregators import weighted_mean
 from .config import Config, ConfigError
-from .optimizers import momentum
+from .optimizers import momentum, step
 from .rounds import Round
 from .schedules import learning_rate
 from .state import NewVersion, ServerState, StateError
@@ -222,8 +222,7 @@ class Federation:
         self._close_round_if_complete()
 
     def _begin(self, round_num: int, cohort: dict[str, frozenset[str]]) -> Round:
-        sizes = {name: block.size for name, block in self.shared.items()}
-        self.round = Round(round_num, cohort, self.versions, sizes, self._aggregator)
+        self.round = Round(round_num, cohort, self.versions, self.shared, self._aggregator)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self.config.deadline_s, self._miss_deadline, round_num)
         return self.round
@@ -278,16 +277,9 @@ class Federation:
         """The block's next version; None where it would not be finite, and the old one stays."""
         block, version = self.shared[name], self._pointers[name].version
         parameters, state = self._state.read_version(block, version)
-        end = block.num_trainable
-        if not state.size:
-            state = self._optimizer.init(end)
         with np.errstate(over="ignore", invalid="ignore"):
-            # Running statistics get the plain mean: they are averages, not descended along, and
-            # momentum could carry a variance below zero.
-            statistics = parameters[end:] + delta[end:]
-            moved, state = self._optimizer.update(parameters[:end], delta[:end], state)
-        parameters = np.concatenate([moved, statistics])
-        if not (np.isfinite(parameters).all() and np.isfinite(state).all()):
+            parameters, state = step(self._optimizer, block, parameters, delta, state)
+        if not all(np.isfinite(array).all() for array in (parameters, *state.values())):
             log.error("block %s keeps version %d: the next would not be finite", name, version)
             return None
         return NewVersion(block, version + 1, parameters, state)

@@ -6,12 +6,13 @@ Sans-I/O: it decides and accumulates; journal, network and clock are others' bus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from petalfl.model import Block
 from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate, Report
 
-from .aggregators import Aggregator, WeightedSum
+from .aggregators import Aggregator
 
 
 class BlockResult(NamedTuple):
@@ -29,7 +30,7 @@ class Round:
         round_num: From 1.
         cohort: By device: the shared blocks that it trains and is to send.
         base_versions: By block: the version that the cohort starts from.
-        sizes: By block: the floats of its vector.
+        blocks: By name: the shared ones.
     """
 
     def __init__(
@@ -37,16 +38,17 @@ class Round:
         round_num: int,
         cohort: Mapping[str, frozenset[str]],
         base_versions: Mapping[str, int],
-        sizes: Mapping[str, int],
-        aggregator: Aggregator,
+        blocks: Mapping[str, Block],
+        aggregator: Aggregator[Any],
     ) -> None:
         self.round_num = round_num
         self.cohort = dict(cohort)
         self.base_versions = dict(base_versions)
         self.reports: dict[str, Report] = {}
         self._aggregator = aggregator
-        self._states: dict[str, WeightedSum] = {b: aggregator.init(s) for b, s in sizes.items()}
-        self._contributors: dict[str, dict[str, bytes]] = {block: {} for block in sizes}
+        self._states: dict[str, Any] = {n: aggregator.init(b) for n, b in blocks.items()}
+        self._num_examples = dict.fromkeys(blocks, 0)
+        self._contributors: dict[str, dict[str, bytes]] = {name: {} for name in blocks}
 
     def refuse(self, update: BlockUpdate) -> str:
         """Why this update does not count; empty when it does. Changes nothing."""
@@ -79,6 +81,7 @@ class Round:
         self._states[block] = self._aggregator.accumulate(
             self._states[block], update.delta, update.num_examples
         )
+        self._num_examples[block] += update.num_examples
         self._contributors[block][update.device] = update.update_id
 
     def refuse_report(self, device: str, report: Report) -> str:
@@ -111,9 +114,9 @@ class Round:
         """The aggregated delta of every block over those of its holders that sent one."""
         return {
             block: BlockResult(
-                self._aggregator.finalize(state) if state.num_examples else None,
+                self._aggregator.finalize(state),
                 tuple(sorted(self._contributors[block])),
-                state.num_examples,
+                self._num_examples[block],
             )
             for block, state in self._states.items()
         }

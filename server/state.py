@@ -26,7 +26,9 @@ from petalfl.model import Block
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import BlockUpdate, Report
 
-_OPTIMIZER_STATE = "optimizer.state"  # beside the parameters' own names
+from .optimizers import OptimizerState
+
+_OPTIMIZER = "optimizer."  # before the names of its state, which lie beside the parameters
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -69,7 +71,7 @@ class NewVersion(NamedTuple):
     block: Block
     version: int
     parameters: Vector
-    optimizer_state: Vector
+    optimizer_state: OptimizerState
 
 
 class ServerState:
@@ -236,7 +238,7 @@ class ServerState:
     def add_initial_version(self, block: Block, parameters: Vector) -> None:
         """Version 1 of a block, unless it has one."""
         if block.name not in self.newest_versions():
-            new = NewVersion(block, 1, parameters, np.zeros(0, np.float32))
+            new = NewVersion(block, 1, parameters, {})
             self._write_version(new)
             self._insert_version(new, 0)
 
@@ -245,7 +247,7 @@ class ServerState:
         rows = self._db.execute("SELECT block, MAX(version) FROM versions GROUP BY block")
         return {str(block): int(version) for block, version in rows}
 
-    def read_version(self, block: Block, version: int) -> tuple[Vector, Vector]:
+    def read_version(self, block: Block, version: int) -> tuple[Vector, OptimizerState]:
         """The vector ``(size,)`` and optimizer state (empty before the block's first step).
 
         Raises:
@@ -259,7 +261,12 @@ class ServerState:
             vector = np.concatenate([tensors[t.name].ravel() for t in block.tensors])
         except Exception as error:  # safetensors raises its own and KeyError
             raise StateError(f"cannot read {path}: {error}") from error
-        optimizer_state = tensors.get(_OPTIMIZER_STATE, np.zeros(0, np.float32))
+        own = {tensor.name for tensor in block.tensors}
+        optimizer_state = {
+            name.removeprefix(_OPTIMIZER): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_OPTIMIZER) and name not in own
+        }
         if row is None or _checksum(vector, optimizer_state) != row[0]:
             raise StateError(f"{path} is damaged: its checksum is not the recorded one")
         return vector, optimizer_state
@@ -349,8 +356,7 @@ class ServerState:
             part = new.parameters[start : start + tensor.size]
             tensors[tensor.name] = part.reshape(tensor.shape)
             start += tensor.size
-        if new.optimizer_state.size:
-            tensors[_OPTIMIZER_STATE] = new.optimizer_state
+        tensors |= {_OPTIMIZER + name: array for name, array in new.optimizer_state.items()}
         try:
             write_atomic(path, save(tensors), mode=0o644)
         except OSError as error:
@@ -389,8 +395,11 @@ class _Transaction:
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
-def _checksum(parameters: Vector, optimizer_state: Vector) -> str:
-    return hashlib.sha256(to_bytes(parameters) + to_bytes(optimizer_state)).hexdigest()
+def _checksum(parameters: Vector, optimizer_state: OptimizerState) -> str:
+    digest = hashlib.sha256(to_bytes(parameters))
+    for name, array in sorted(optimizer_state.items()):
+        digest.update(f"{name} {array.shape}".encode() + to_bytes(array))
+    return digest.hexdigest()
 
 
 def _digest(salt: bytes, password: str) -> bytes:

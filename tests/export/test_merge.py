@@ -192,7 +192,7 @@ def serve_folder(folder: Path, manifest: ModelManifest, vectors: Mapping[str, Ve
     blocks = [manifest.block(name) for name in vectors]
     for number in range(1, 11):
         state.open_round(number, {}, 0.0)
-        momentum = [np.ones(b.size, np.float32) for b in blocks]
+        momentum = [{"velocity": np.ones(b.size, np.float32)} for b in blocks]
         state.close_round(
             number,
             [

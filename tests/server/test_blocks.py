@@ -135,7 +135,7 @@ async def test_statistics_get_the_plain_mean_and_parameters_the_momentum(site: S
             np.testing.assert_allclose(newest(run, "encoder-gyro"), start + moved, rtol=1e-6)
     path = site.data_dir / "blocks" / "encoder-gyro"
     shapes = {name: t.shape for name, t in load_file(path / "3.safetensors").items()}
-    assert shapes == {"w": (3,), "mean": (2,), "var": (), "optimizer.state": (3,)}
+    assert shapes == {"w": (3,), "mean": (2,), "var": (), "optimizer.velocity": (3,)}
 
 
 async def test_a_variance_does_not_overshoot(site: Site) -> None:

@@ -11,10 +11,11 @@ from petalfl.vectors import Vector, to_bytes
 from petalfl.wire import BlockUpdate
 from server.aggregators import weighted_mean
 from server.rounds import BlockResult, Round
-from tests.server.builders import average, make_id, make_report, make_update
+from tests.server.builders import LAYOUT, average, make_block, make_id, make_report, make_update
 
 ROUND = 4
 SIZES = {"encoder-acc": 6, "encoder-gyro": 3, "head": 8}
+BLOCKS = {name: make_block(name, *LAYOUT[name])[0] for name in SIZES}
 BASE = {"encoder-acc": 2, "encoder-gyro": 4, "head": 3}
 COHORT = {
     "both": frozenset({"encoder-acc", "encoder-gyro", "head"}),
@@ -25,7 +26,7 @@ PAIRS = [(device, block) for device, blocks in COHORT.items() for block in sorte
 
 
 def new_round() -> Round:
-    return Round(ROUND, COHORT, BASE, SIZES, weighted_mean())
+    return Round(ROUND, COHORT, BASE, BLOCKS, weighted_mean())
 
 
 def update(device: str, block: str, delta: object = 1.0, num_examples: int = 1) -> BlockUpdate:
@@ -255,6 +256,6 @@ def test_the_loss_is_weighted_by_examples_and_the_first_report_stands() -> None:
 
 def test_a_round_keeps_its_own_cohort() -> None:
     cohort = dict(COHORT)
-    target = Round(ROUND, cohort, BASE, SIZES, weighted_mean())
+    target = Round(ROUND, cohort, BASE, BLOCKS, weighted_mean())
     cohort.pop("watch")
     assert target.refuse(update("watch", "head")) == ""

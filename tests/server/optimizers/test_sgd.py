@@ -4,26 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import ArrayLike
 
 from petalfl.vectors import Vector
-from server.optimizers import ServerOptimizer, momentum
-
-vectors = st.lists(st.integers(-1000, 1000), min_size=3, max_size=3).map(
-    lambda values: np.array(values, np.float32)
-)
-
-
-def f32(values: ArrayLike) -> Vector:
-    return np.asarray(values, np.float32)
-
-
-def run(optimizer: ServerOptimizer, parameters: Vector, *deltas: Vector) -> list[Vector]:
-    state, trail = optimizer.init(parameters.size), []
-    for delta in deltas:
-        parameters, state = optimizer.update(parameters, delta, state)
-        trail.append(parameters)
-    return trail
+from server.optimizers import momentum, sgd
+from tests.server.optimizers.builders import f32, run, vector_block, vectors
 
 
 def test_momentum_by_hand() -> None:
@@ -39,8 +23,13 @@ def test_the_learning_rate_scales_the_step_and_not_the_velocity() -> None:
 
 @given(vectors, st.lists(vectors, min_size=1, max_size=5))
 def test_without_momentum_it_is_fedavg(start: Vector, deltas: list[Vector]) -> None:
-    trail = run(momentum(), start, *deltas)
-    np.testing.assert_array_equal(trail[-1], start + np.sum(deltas, axis=0))
+    for optimizer in (sgd(), momentum(0)):
+        trail = run(optimizer, start, *deltas)
+        np.testing.assert_array_equal(trail[-1], start + np.sum(deltas, axis=0))
+
+
+def test_without_momentum_nothing_is_kept() -> None:
+    assert sgd().init(vector_block(3)) == momentum(0).init(vector_block(3)) == {}
 
 
 @given(vectors, st.lists(vectors, min_size=1, max_size=6))
@@ -54,19 +43,23 @@ def test_momentum_is_the_sum_of_decayed_deltas(start: Vector, deltas: list[Vecto
 
 def test_the_first_state_is_zero_and_the_steps_stay_float32() -> None:
     optimizer = momentum(0.9)
-    state = optimizer.init(3)
-    np.testing.assert_array_equal(state, [0, 0, 0])
-    parameters, velocity = optimizer.update(f32([1, 2, 3]), f32([1, 1, 1]), state)
-    assert [array.dtype for array in (state, parameters, velocity)] == ["float32"] * 3
+    block = vector_block(3)
+    state = optimizer.init(block)
+    np.testing.assert_array_equal(state["velocity"], [0, 0, 0])
+    parameters, after = optimizer.update(block, f32([1, 2, 3]), f32([1, 1, 1]), state)
+    arrays = (state["velocity"], parameters, after["velocity"])
+    assert [array.dtype for array in arrays] == ["float32"] * 3
 
 
 def test_an_update_is_pure() -> None:
-    parameters, delta, state = f32([1]), f32([2]), f32([3])
-    for array in (parameters, delta, state):
+    parameters, delta, velocity = f32([1]), f32([2]), f32([3])
+    for array in (parameters, delta, velocity):
         array.flags.writeable = False
     for _ in range(2):
-        found = momentum(0.5).update(parameters, delta, state)
-        np.testing.assert_array_equal(found, [[4.5], [3.5]])
+        found, state = momentum(0.5).update(
+            vector_block(1), parameters, delta, {"velocity": velocity}
+        )
+        np.testing.assert_array_equal([found, state["velocity"]], [[4.5], [3.5]])
 
 
 @pytest.mark.parametrize(

@@ -7,35 +7,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from server.aggregators import weighted_mean
-
-SIZE = 3
-Update = tuple[Vector, int]
-
-
-def mean(updates: Sequence[Update], size: int = SIZE) -> Vector:
-    aggregator = weighted_mean()
-    state = aggregator.init(size)
-    for delta, num_examples in updates:
-        state = aggregator.accumulate(state, delta, num_examples)
-    return aggregator.finalize(state)
+from tests.server.aggregators.builders import (
+    SIZE,
+    Update,
+    aggregate,
+    any_updates,
+    exact_updates,
+    stacked,
+    vector_block,
+)
 
 
-def updates_of(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[Update]]:
-    vectors = st.lists(values, min_size=SIZE, max_size=SIZE).map(lambda v: np.array(v, np.float32))
-    return st.lists(st.tuples(vectors, st.integers(1, 1 << 20)), min_size=1, max_size=6)
-
-
-any_updates = updates_of(st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
-# Products and sums of these are exact in float64: the order can make no difference at all.
-exact_updates = updates_of(st.integers(-(1 << 20), 1 << 20).map(lambda i: i / 1024))
-
-
-def stacked(updates: Sequence[Update]) -> tuple[NDArray[np.float64], list[int]]:
-    return np.stack([delta.astype(np.float64) for delta, _ in updates]), [n for _, n in updates]
+def mean(updates: Sequence[Update]) -> Vector:
+    return aggregate(weighted_mean(), updates)
 
 
 def test_the_mean_by_hand() -> None:
@@ -57,9 +44,9 @@ def test_the_mean_is_numpys_average(updates: list[Update]) -> None:
 
 @given(exact_updates)
 def test_the_mean_is_the_exact_fraction_rounded_once(updates: list[Update]) -> None:
-    total = sum(n for _, n in updates)
+    total = sum(int(n) for _, n in updates)
     for i, found in enumerate(mean(updates)):
-        exact = sum(Fraction(float(delta[i])) * n for delta, n in updates) / total
+        exact = sum(Fraction(float(delta[i])) * int(n) for delta, n in updates) / total
         assert found == np.float32(float(exact))
 
 
@@ -84,10 +71,14 @@ def test_equal_updates_have_themselves_as_mean(updates: list[Update]) -> None:
     np.testing.assert_array_equal(mean([(delta, n) for _, n in updates]), delta)
 
 
-def test_without_updates_the_mean_is_zero() -> None:
-    found = mean([], size=4)
-    np.testing.assert_array_equal(found, np.zeros(4))
-    assert found.dtype == np.float32
+def test_without_updates_there_is_no_mean() -> None:
+    aggregator = weighted_mean()
+    assert aggregator.finalize(aggregator.init(vector_block(4))) is None
+
+
+def test_weights_may_be_fractions() -> None:
+    updates = [(np.array([1, 2, 0], np.float32), 0.25), (np.array([4, -2, 8], np.float32), 0.75)]
+    np.testing.assert_array_equal(mean(updates), [3.25, -1.0, 6.0])
 
 
 def test_the_mean_is_float32_and_leaves_the_deltas_alone() -> None:
@@ -104,7 +95,7 @@ def test_extreme_values_neither_overflow_nor_vanish(value: float) -> None:
 
 def test_states_are_independent() -> None:
     aggregator = weighted_mean()
-    first, second = aggregator.init(1), aggregator.init(1)
+    first, second = aggregator.init(vector_block(1)), aggregator.init(vector_block(1))
     first = aggregator.accumulate(first, np.ones(1, np.float32), 1)
-    np.testing.assert_array_equal(aggregator.finalize(second), [0])
+    assert aggregator.finalize(second) is None
     np.testing.assert_array_equal(aggregator.finalize(first), [1])
