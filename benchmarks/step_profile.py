@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.contenders.case import Case
 from benchmarks.contenders.petalfl_sdk import train_with
-from petalfl.engine import Arrays, Forward, Gradients, OrtTrainingEngine
+from petalfl.engine import Arrays, Forward, Gradients, OrtEngine
 from petalfl.model import Artifact, Block
 from petalfl.vectors import Vector
 
@@ -58,7 +58,7 @@ class _TimedEngine:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._engine = OrtTrainingEngine(folder)
+        self._engine = OrtEngine(folder)
         self._trained: deque[str] = deque()  # blocks whose optimizer step is still to come
         self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.runs: dict[tuple[str, str], _Run] = {}

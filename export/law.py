@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from petalfl.engine import Forward, OrtTrainingEngine
+from petalfl.engine import Forward, OrtEngine
 from petalfl.errors import ModelError
 from petalfl.model import Block, ModelManifest, Parameter, differentiated, read_artifact
 from petalfl.training import Masks, axis_lengths, draw_masks, predict_outputs, step_gradients
@@ -275,7 +275,7 @@ def _parts(tensors: tuple[Parameter, ...], vector: Vector | None) -> dict[str, N
     return {t.name: part for t, part in zip(tensors, splits, strict=True)}
 
 
-class _Recorder(OrtTrainingEngine):
+class _Recorder(OrtEngine):
     """Keeps every block's last outputs."""
 
     def __init__(self, folder: Path) -> None:

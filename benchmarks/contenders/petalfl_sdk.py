@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime  # noqa: F401  # the engine imports it when it first needs it
 
 from benchmarks.contenders.case import LEARNING_RATE, MOMENTUM, SEED, WEIGHT_DECAY, AfterStep, Case
-from petalfl.engine import Engine, OrtTrainingEngine
+from petalfl.engine import Engine, OrtEngine
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Hyperparameters
 from petalfl.training import train as train_round
@@ -15,7 +15,7 @@ from petalfl.vectors import from_bytes
 
 def train(case: Case, after_step: AfterStep) -> None:
     """Trains round after round, each of as many one-batch epochs as there may be."""
-    train_with(OrtTrainingEngine(case.artifacts), case, after_step)
+    train_with(OrtEngine(case.artifacts), case, after_step)
 
 
 def train_with(engine: Engine, case: Case, after_step: AfterStep) -> None:

@@ -185,10 +185,11 @@ def _needed(nodes: list[NodeProto], wanted: set[str]) -> list[NodeProto]:
 def _rename_results(model: ModelProto, program: Program) -> None:
     """Gives outputs their names where they are made, so that no Identity copies them."""
     graph = model.graph
-    identities = {n.input[0]: n for n in graph.node if n.output[0] in program.outputs}
+    copies = [n for n in graph.node if n.op_type == "Identity" and n.output[0] in program.outputs]
+    identities = {n.input[0]: n for n in copies}
     made = {o: node for node in graph.node for o in node.output}
     for name, identity in identities.items():
-        twice = sum(n.input[0] == name for n in graph.node if n.output[0] in program.outputs) > 1
+        twice = sum(n.input[0] == name for n in copies) > 1
         if name not in made or twice:
             continue
         for node in graph.node:

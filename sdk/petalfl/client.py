@@ -28,6 +28,7 @@ from petalfl.errors import PetalError, StoreError, TransportError, WireError
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.runtime import EngineName, find_runtime
 from petalfl.store import DeviceStore, Outgoing, Shared, State
 from petalfl.training import TrainingResult, train
 from petalfl.transport import Transport
@@ -65,6 +66,8 @@ class EdgeClient:
             they are trained: the moment to evaluate.
         on_progress: Called, on the training thread, with the batches done and their total.
         num_threads: Of each ONNX Runtime session.
+        engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
+            insist on that line of packages.
         executor: Runs training and downloads; the default is asyncio's.
 
     Raises:
@@ -90,6 +93,7 @@ class EdgeClient:
         on_round: Callable[[RoundInfo], None] = lambda info: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         num_threads: int = 1,
+        engine: EngineName = "auto",
         executor: Executor | None = None,
     ) -> None:
         self._token = token
@@ -98,7 +102,7 @@ class EdgeClient:
         topics.status(federation, self._device)  # refuses malformed names here and now
         self._data, self._labels = data, labels
         self._on_round, self._on_progress = on_round, on_progress
-        self._num_threads, self._executor = num_threads, executor
+        self._num_threads, self._engine, self._executor = num_threads, engine, executor
         self._store = DeviceStore(Path(store))
         try:
             self._downlink = Downlink(url, federation, self._store)
@@ -130,8 +134,8 @@ class EdgeClient:
         receipt yet is sent again, also after a restart.
 
         Raises:
-            PetalError: Enrollment is refused, the data does not fit the model, the server cannot
-                be reached at the start, or training failed.
+            PetalError: There is no ONNX Runtime to train on, enrollment is refused, the data does
+                not fit the model, the server cannot be reached at the start, or training failed.
         """
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
@@ -186,6 +190,7 @@ class EdgeClient:
     # Getting ready: enrollment, the manifest, the artifacts of the blocks held.
 
     def _prepare(self) -> Session:
+        log.info("%s trains on %s", self._device, find_runtime(self._engine))  # before it enrolls
         modalities = sorted(self._data or {})
         if self._identity is None:
             self._identity = self._downlink.enroll(self._token, self._device, modalities)
@@ -217,7 +222,9 @@ class EdgeClient:
         held = tuple(
             b for b in manifest.blocks if self._store.read_file(b.artifacts.eval_model.path)
         )
-        model = LocalModel.open(manifest, self._store.artifacts, held, self._num_threads)
+        model = LocalModel.open(
+            manifest, self._store.artifacts, held, self._num_threads, self._engine
+        )
         shared = self._store.read_shared()
         self._versions = dict(shared.versions)
         parameters = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 import weakref
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from petalfl.errors import ModelError
 from petalfl.model import Artifact, Block, read_artifact
+from petalfl.runtime import EngineName, Runtime, find_runtime
 from petalfl.vectors import Vector
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
@@ -83,19 +85,23 @@ class Engine(Protocol):
         ...
 
 
-class OrtTrainingEngine:
-    """ONNX Runtime, of any build: the graphs are plain ONNX.
+class OrtEngine:
+    """ONNX Runtime, whichever is installed: the graphs are plain ONNX.
 
     Args:
         folder: The artifacts; only those of the blocks that are used need be there.
         num_threads: Per session; 1 is right for many clients on few cores.
+        name: As in `petalfl.runtime.find_runtime`, which is asked when a graph is first run.
 
-    Every method raises `ModelError` where a graph is missing, damaged or does not run.
+    Every method raises `ModelError` where the runtime is not there or not the one named, and
+    where a graph is missing, damaged, too new for the runtime or does not run.
     """
 
-    def __init__(self, folder: Path, num_threads: int = 1) -> None:
+    def __init__(self, folder: Path, num_threads: int = 1, *, name: EngineName = "auto") -> None:
         self._folder = folder
         self._num_threads = num_threads
+        self._name = name
+        self._runtime: Runtime | None = None  # found when it is first needed
         self._loaded: dict[str, _Graph] = {}  # keeps the sessions of this engine alive
 
     def evaluate(
@@ -136,8 +142,9 @@ class OrtTrainingEngine:
 
     def _graph(self, artifact: Artifact) -> _Graph:
         if artifact.sha256 not in self._loaded:
+            self._runtime = runtime = self._runtime or find_runtime(self._name)
             data = read_artifact(self._folder, artifact)
-            self._loaded[artifact.sha256] = _open_graph(artifact, data, self._num_threads)
+            self._loaded[artifact.sha256] = _open_graph(artifact, data, self._num_threads, runtime)
         return self._loaded[artifact.sha256]
 
 
@@ -166,8 +173,10 @@ _graphs: weakref.WeakValueDictionary[tuple[str, int], _Graph] = weakref.WeakValu
 _graphs_lock = threading.Lock()
 
 
-def _open_graph(artifact: Artifact, data: bytes, num_threads: int) -> _Graph:
-    ort = _import_runtime()
+def _open_graph(artifact: Artifact, data: bytes, num_threads: int, runtime: Runtime) -> _Graph:
+    import onnxruntime as ort
+
+    _share_arena()
     with _graphs_lock:
         graph = _graphs.get((artifact.sha256, num_threads))
         if graph is None:
@@ -179,8 +188,7 @@ def _open_graph(artifact: Artifact, data: bytes, num_threads: int) -> _Graph:
             try:
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # as above
-                reason = _reason(error)
-                raise ModelError(f"ONNX Runtime cannot load {artifact.path}: {reason}") from error
+                raise ModelError(_why_not_loaded(artifact.path, error, runtime)) from error
             graph = _graphs[artifact.sha256, num_threads] = _Graph(artifact.path, session)
         return graph
 
@@ -189,15 +197,26 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _import_runtime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ModelError(
-            "onnxruntime is not installed; install it with: pip install petalfl[ort]"
-        ) from error
-    _share_arena()
-    return onnxruntime
+# What the runtime says of a graph that a newer one could load.
+_TOO_NEW = (
+    r"Unsupported model IR version: \d+, max supported IR version: \d+",
+    r"Opset \d+ is under development",
+    r"Current official support for domain \S+ is till opset \d+",
+    r"No Op registered for \S+ with domain_version of \d+",
+    r"\S+ is not a registered function/op",
+    r"Could not find an implementation for \S+",
+    r"The ORT format model version \[\S+\] is not supported",
+)
+
+
+def _why_not_loaded(path: str, error: Exception, runtime: Runtime) -> str:
+    found = [match[0] for pattern in _TOO_NEW if (match := re.search(pattern, str(error)))]
+    if not found:
+        return f"ONNX Runtime cannot load {path}: {_reason(error)}"
+    return (
+        f"{path} needs a newer ONNX Runtime than {runtime} ({'; '.join(found)}); install one with: "
+        "pip install --upgrade onnxruntime, or export the model again with this petalfl"
+    )
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from petalfl import metrics
 from petalfl.data import Labels, check_inputs, check_labels
-from petalfl.engine import Engine, OrtTrainingEngine
+from petalfl.engine import Engine, OrtEngine
 from petalfl.errors import DataError
 from petalfl.model import Block, ModelManifest
+from petalfl.runtime import EngineName
 from petalfl.training import predict_outputs
 from petalfl.vectors import Vector
 
@@ -35,10 +36,15 @@ class LocalModel:
 
     @classmethod
     def open(
-        cls, manifest: ModelManifest, artifacts: Path, held: tuple[Block, ...], num_threads: int
+        cls,
+        manifest: ModelManifest,
+        artifacts: Path,
+        held: tuple[Block, ...],
+        num_threads: int,
+        engine: EngineName = "auto",
     ) -> LocalModel:
         """Starts without parameters, on artifacts that lie in a folder."""
-        return cls(manifest, OrtTrainingEngine(artifacts, num_threads), held, {})
+        return cls(manifest, OrtEngine(artifacts, num_threads, name=engine), held, {})
 
     def with_parameters(self, parameters: Mapping[str, Vector]) -> LocalModel:
         """The same model with some blocks' parameters replaced."""

@@ -117,18 +117,22 @@ class BlockVersion:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Train one round: fetch ``blocks``, train, send the delta of each of them.
+    """Train one round: fetch ``blocks``, train, send deltas.
 
     Attributes:
+        round_num: Of the server's round, or in asynchronous mode of the device's own tasks.
+        num_rounds: 0 where no end is planned.
         blocks: The shared blocks of this device, with their base versions.
         seed: Orders the examples and draws the dropout masks.
+        uploads: Those of ``blocks`` whose delta is to be sent; None: of all of them.
     """
 
     round_num: Positive
-    num_rounds: Count  # 0: no end is planned
+    num_rounds: Count
     hyperparameters: Hyperparameters
     seed: Count
     blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
+    uploads: Annotated[tuple[Name, ...], Limit(0, MAX_TASK_BLOCKS)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +162,14 @@ _NAMES = {cls: name for name, cls in _TYPES.items()}
 
 
 def encode(message: Message) -> bytes:
-    """The message as bytes, at most `MAX_MESSAGE_BYTES`.
+    """The message as bytes, at most `MAX_MESSAGE_BYTES`; fields that are None are left out.
 
     Raises:
         ValueError: It is longer, which a message within its schema's limits can only be when it
             names very many blocks.
     """
-    fields = {"v": WIRE_VERSION, "t": _NAMES[type(message)], **plain(message)}
+    known = {name: value for name, value in plain(message).items() if value is not None}
+    fields = {"v": WIRE_VERSION, "t": _NAMES[type(message)], **known}
     data: bytes = msgpack.packb(fields, use_bin_type=True)
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}")

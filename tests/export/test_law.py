@@ -24,7 +24,7 @@ from export.graph import BATCH_SIZE, build_graphs
 from export.models.har import watch
 from export.program import Value
 from petalfl import training
-from petalfl.engine import Arrays, Forward, Gradients, OrtTrainingEngine
+from petalfl.engine import Arrays, Forward, Gradients, OrtEngine
 from petalfl.errors import ModelError
 from petalfl.model import Block, ModelManifest, differentiated
 from petalfl.training import Hyperparameters, predict_outputs, step_gradients, train
@@ -68,14 +68,14 @@ def manifest(watch_artifacts: Path) -> ModelManifest:
 
 
 @pytest.fixture(scope="module")
-def engine(watch_artifacts: Path) -> OrtTrainingEngine:
-    return OrtTrainingEngine(watch_artifacts)
+def engine(watch_artifacts: Path) -> OrtEngine:
+    return OrtEngine(watch_artifacts)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 16])
 @pytest.mark.parametrize("modalities", SUBSETS)
 def test_one_step(
-    modalities: tuple[str, ...], length: int, manifest: ModelManifest, engine: OrtTrainingEngine
+    modalities: tuple[str, ...], length: int, manifest: ModelManifest, engine: OrtEngine
 ) -> None:
     model = watch(seed=3)
     batch = draw(model, manifest, modalities, length, seed=length)
@@ -88,7 +88,7 @@ def test_one_step(
 @pytest.mark.parametrize("length", [1, 6])
 @pytest.mark.parametrize("modalities", SUBSETS)
 def test_predictions_are_the_eval_forward_pass(
-    modalities: tuple[str, ...], length: int, manifest: ModelManifest, engine: OrtTrainingEngine
+    modalities: tuple[str, ...], length: int, manifest: ModelManifest, engine: OrtEngine
 ) -> None:
     model = watch(seed=3)
     inputs = draw(model, manifest, modalities, length, seed=2).inputs
@@ -97,7 +97,7 @@ def test_predictions_are_the_eval_forward_pass(
     np.testing.assert_allclose(found["head"], torch_outputs(model, inputs)["head"], atol=1e-6)
 
 
-def test_the_masks_matter(manifest: ModelManifest, engine: OrtTrainingEngine) -> None:
+def test_the_masks_matter(manifest: ModelManifest, engine: OrtEngine) -> None:
     model = watch(seed=3)
     batch, other = (draw(model, manifest, ("acc",), 5, seed) for seed in (0, 1))
     for block in ("encoder-acc", "head"):
@@ -108,7 +108,7 @@ def test_the_masks_matter(manifest: ModelManifest, engine: OrtTrainingEngine) ->
         assert abs(one - two) > 1e-4
 
 
-def test_an_absent_modality_has_no_part(manifest: ModelManifest, engine: OrtTrainingEngine) -> None:
+def test_an_absent_modality_has_no_part(manifest: ModelManifest, engine: OrtEngine) -> None:
     """Its projection and its columns of the attention get a gradient of exactly zero."""
     model = watch(seed=3)
     batch = draw(model, manifest, ("acc",), 5, seed=0)
@@ -122,7 +122,7 @@ def test_an_absent_modality_has_no_part(manifest: ModelManifest, engine: OrtTrai
     assert by_name["projections.acc.weight"].any()
 
 
-class Recorder(OrtTrainingEngine):
+class Recorder(OrtEngine):
     """Notes what each batch was trained on: the backward pass begins with the head."""
 
     def __init__(self, folder: Path) -> None:
@@ -253,7 +253,7 @@ def test_accumulated_parts_are_the_whole_batch(
     data = draw(model, manifest, SUBSETS[0], 22, seed=4)
     whole, parts = (
         train(
-            OrtTrainingEngine(watch_artifacts), manifest, vectors_of(model), data.inputs,
+            OrtEngine(watch_artifacts), manifest, vectors_of(model), data.inputs,
             data.labels, Hyperparameters(0.1, batch_size=11, accumulation=number),
             np.random.default_rng(5),
         )
@@ -264,7 +264,7 @@ def test_accumulated_parts_are_the_whole_batch(
     assert parts.loss == pytest.approx(whole.loss, rel=TOLERANCE)
 
 
-def test_gradients_by_the_inputs(manifest: ModelManifest, engine: OrtTrainingEngine) -> None:
+def test_gradients_by_the_inputs(manifest: ModelManifest, engine: OrtEngine) -> None:
     model = watch(seed=3).train()
     fusion, vectors = model.fusion, vectors_of(model)
     assert fusion is not None
@@ -793,7 +793,7 @@ def exact_or_refused(model: BlockModel, folder: Path, *batches: Tensor) -> None:
         manifest = export_model(model, folder)
     except ModelError:
         return
-    engine = OrtTrainingEngine(folder)
+    engine = OrtEngine(folder)
     for batch in batches:
         inputs = {"a": batch.numpy()}
         found = predict_outputs(engine, manifest, vectors_of(model), inputs)["head"]
@@ -942,7 +942,7 @@ WRONG = np.float32(1.001)
 
 
 def wrong_gradient(block: str, part: slice) -> Corrupt:
-    right = OrtTrainingEngine.backward
+    right = OrtEngine.backward
 
     def backward(self: Any, of: Block, vector: Vector, feeds: Arrays) -> Gradients:
         result = right(self, of, vector, feeds)
@@ -950,11 +950,11 @@ def wrong_gradient(block: str, part: slice) -> Corrupt:
             result.parameters[part] *= WRONG
         return result
 
-    return lambda patch: patch.setattr(OrtTrainingEngine, "backward", backward)
+    return lambda patch: patch.setattr(OrtEngine, "backward", backward)
 
 
 def wrong_input_gradient(block: str, name: str) -> Corrupt:
-    right = OrtTrainingEngine.backward
+    right = OrtEngine.backward
 
     def backward(self: Any, of: Block, vector: Vector, feeds: Arrays) -> Gradients:
         result = right(self, of, vector, feeds)
@@ -962,21 +962,21 @@ def wrong_input_gradient(block: str, name: str) -> Corrupt:
             result.inputs[name] *= WRONG
         return result
 
-    return lambda patch: patch.setattr(OrtTrainingEngine, "backward", backward)
+    return lambda patch: patch.setattr(OrtEngine, "backward", backward)
 
 
 def wrong_loss(patch: pytest.MonkeyPatch) -> None:
-    right = OrtTrainingEngine.backward
+    right = OrtEngine.backward
 
     def backward(self: Any, of: Block, vector: Vector, feeds: Arrays) -> Gradients:
         result = right(self, of, vector, feeds)
         return result._replace(loss=None if result.loss is None else result.loss * 1.001)
 
-    patch.setattr(OrtTrainingEngine, "backward", backward)
+    patch.setattr(OrtEngine, "backward", backward)
 
 
 def wrong_forward(block: str, what: str) -> Corrupt:
-    right = OrtTrainingEngine.forward
+    right = OrtEngine.forward
 
     def forward(self: Any, of: Block, vector: Vector, inputs: Arrays) -> Forward:
         result = right(self, of, vector, inputs)
@@ -987,17 +987,17 @@ def wrong_forward(block: str, what: str) -> Corrupt:
             return result._replace(statistics=result.statistics * WRONG)
         return result._replace(outputs={name: x * WRONG for name, x in result.outputs.items()})
 
-    return lambda patch: patch.setattr(OrtTrainingEngine, "forward", forward)
+    return lambda patch: patch.setattr(OrtEngine, "forward", forward)
 
 
 def wrong_evaluation(block: str) -> Corrupt:
-    right = OrtTrainingEngine.evaluate
+    right = OrtEngine.evaluate
 
     def evaluate(self: Any, of: Block, vector: Vector, inputs: Arrays) -> dict[str, Any]:
         outputs = right(self, of, vector, inputs)
         return {name: x * (WRONG if of.name == block else 1) for name, x in outputs.items()}
 
-    return lambda patch: patch.setattr(OrtTrainingEngine, "evaluate", evaluate)
+    return lambda patch: patch.setattr(OrtEngine, "evaluate", evaluate)
 
 
 def wrong_with(modalities: set[str], block: str) -> Corrupt:

@@ -20,7 +20,7 @@ from export import BlockModel, export_model, merge
 from export.models.avmnist import digits
 from export.models.projector import projector
 from export.weights import server_weights
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.errors import EnrollError, ModelError, PetalError, StoreError, TransportError
 from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
@@ -255,7 +255,7 @@ def test_the_state_dict_makes_a_fresh_model_the_federations(
         assert weights.origin == ("artifacts" if is_frozen else "server, version 10")
     model = MODELS[name]() if name == "small" else MODELS[name](seed=1)  # type: ignore[call-arg]
     model.whole().load_state_dict(torch.load(tmp_path / "model.pt"), strict=True)
-    engine = OrtTrainingEngine(folder)
+    engine = OrtEngine(folder)
     for subset in subsets(manifest):
         inputs = draw(manifest, subset, 4)
         assert_equal(by_task(model, inputs), predict_outputs(engine, manifest, vectors, inputs))
@@ -289,7 +289,7 @@ def test_a_users_own_class_outputs_the_same(tied: Exported, tmp_path: Path) -> N
     with torch.no_grad():
         found = module.eval()(**{name: torch.from_numpy(x) for name, x in inputs.items()})
     expected = predict_outputs(
-        OrtTrainingEngine(tied.artifacts), tied.manifest, tied.vectors, inputs
+        OrtEngine(tied.artifacts), tied.manifest, tied.vectors, inputs
     )
     assert_equal({task: y.numpy() for task, y in found.items()}, expected)
 
@@ -328,7 +328,7 @@ def test_one_graph_for_every_subset_of_modalities(
     name: str, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
     folder, manifest, data, vectors = exported(name)
-    engine = OrtTrainingEngine(folder)
+    engine = OrtEngine(folder)
     for subset in subsets(manifest):
         merge(folder, tmp_path / "model.onnx", weights=data, modalities=subset[::-1])
         session = onnxruntime.InferenceSession(
@@ -458,7 +458,7 @@ async def test_a_running_server(tmp_path: Path) -> None:
         assert (found["encoder-acc"].vector == INITIAL["encoder-acc"] + 2).all()
         assert (found["encoder-gyro"].vector == INITIAL["encoder-gyro"]).all()
         assert ticks == [(0, 3), (1, 3), (2, 3), (3, 3)]
-        traffic = served.run.state.device_traffic()
+        traffic = served.run.state.history.device_traffic()
         assert all(not by_block for by_block in traffic.values())  # no device's
 
         for token, federation, kind in (("no", FED, EnrollError), (TOKEN, "no", TransportError)):

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from export import BlockModel
 from export.models.har import AttentionFusion, MlpHead
 from petalfl import training
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest
 from petalfl.training import predict_outputs, step_gradients
 from petalfl.vectors import Vector
@@ -271,7 +271,7 @@ def law_errors(
     model: BlockModel, folder: Path, modalities: Sequence[str], length: int, seed: int = 0
 ) -> dict[str, float]:
     """What misses `TOLERANCE` in a training step and in a prediction on a random batch."""
-    manifest, engine = ModelManifest.load(folder), OrtTrainingEngine(folder)
+    manifest, engine = ModelManifest.load(folder), OrtEngine(folder)
     vectors = vectors_of(model)
     batch = draw(model, manifest, modalities, length, seed)
     errors: dict[str, float] = {}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from petalfl import EdgeClient
 from petalfl.data import check_inputs, check_labels
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest
 from petalfl.schema import plain
 from petalfl.store import Outgoing
@@ -135,7 +135,7 @@ def assert_same_round(
     draws = Replay(made)
     arrays = check_inputs(manifest, inputs)
     truths = check_labels(manifest, labels, len(next(iter(arrays.values()))))
-    engine = OrtTrainingEngine(artifacts)
+    engine = OrtEngine(artifacts)
     expected = train(
         engine, manifest, before, arrays, truths, hyperparameters, draws, shared=shared
     )

@@ -16,7 +16,7 @@ from export import export_model
 from petalfl import EdgeClient, WireError, wire
 from petalfl.client import _number
 from petalfl.downlink import Downlink
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.store import DeviceStore
 from petalfl.training import Hyperparameters, TrainingResult, train
@@ -132,7 +132,7 @@ def test_the_new_versions_are_the_mean_of_what_was_trained(
     federation: Federation, several_artifacts: Path
 ) -> None:
     """Statistics among it; the devices' rounds are trained here once more."""
-    engine = OrtTrainingEngine(several_artifacts)
+    engine = OrtEngine(several_artifacts)
     results: dict[str, TrainingResult] = {}
     for member in members():
         rng = np.random.default_rng([7, 1, _number(member.name)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import re
 import shutil
 import sys
 import threading
@@ -17,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.errors import ModelError
 from petalfl.model import Artifact, Block, ModelManifest, Parameter, check_artifact
+from petalfl.runtime import EngineName, find_runtime
 from tests.petalfl.builders import make_block
 
 Vector = NDArray[np.float32]
@@ -43,7 +45,7 @@ def test_an_encoder_by_hand(small_artifacts: Path, manifest: ModelManifest) -> N
     w, b = vector[:20].reshape(4, 5), vector[20:]
     tanh = np.tanh(x @ w.T + b)
     da = d * mask * (1 - tanh**2)  # (b, 4)
-    engine, fed = OrtTrainingEngine(small_artifacts), {"a": x, "mask.0": mask}
+    engine, fed = OrtEngine(small_artifacts), {"a": x, "mask.0": mask}
     forward = engine.forward(block, vector, fed)
     assert forward.outputs.keys() == {"encoder-a"}
     assert forward.statistics is None
@@ -76,7 +78,7 @@ def test_a_head_by_hand(small_artifacts: Path, manifest: ModelManifest) -> None:
     loss = -np.log(probabilities[np.arange(5), labels]).mean()
     d_logits = (probabilities - np.eye(3)[labels]) / 5
     d_a = (d_logits @ w2) * mask * (a > 0)
-    engine = OrtTrainingEngine(small_artifacts)
+    engine = OrtEngine(small_artifacts)
     back = engine.backward(block, vector, {"fusion": z, "mask.0": mask, "labels": labels})
     expected = [(d_a.T @ z).ravel(), d_a.sum(0), (d_logits.T @ h).ravel(), d_logits.sum(0)]
     assert back.parameters is not None
@@ -92,7 +94,7 @@ def test_a_head_by_hand(small_artifacts: Path, manifest: ModelManifest) -> None:
 def test_it_keeps_no_state_and_changes_no_argument(
     small_artifacts: Path, manifest: ModelManifest
 ) -> None:
-    block, engine = manifest.block("encoder-a"), OrtTrainingEngine(small_artifacts)
+    block, engine = manifest.block("encoder-a"), OrtEngine(small_artifacts)
     one, other, x, d = draw(24, seed=1), draw(24, seed=2), draw(3, 5), draw(3, 4)
     fed = {"a": x, "mask.0": np.ones((3, 4), np.float32), "d_encoder-a": d}
     copies = {name: array.copy() for name, array in fed.items()}
@@ -115,7 +117,7 @@ def test_read_only_parameters_will_do(small_artifacts: Path, manifest: ModelMani
     """As `petalfl.vectors.from_bytes` gives them."""
     vector = np.frombuffer(draw(24, seed=1).tobytes(), np.float32)
     assert not vector.flags.writeable
-    engine, x = OrtTrainingEngine(small_artifacts), draw(3, 5)
+    engine, x = OrtEngine(small_artifacts), draw(3, 5)
     z = engine.evaluate(manifest.block("encoder-a"), vector, {"a": x})["encoder-a"]
     w, b = vector[:20].reshape(4, 5), vector[20:]
     np.testing.assert_allclose(z, np.tanh(x @ w.T + b), atol=1e-6)
@@ -124,7 +126,7 @@ def test_read_only_parameters_will_do(small_artifacts: Path, manifest: ModelMani
 def test_threads_do_not_mix_their_clients_up(
     small_artifacts: Path, manifest: ModelManifest
 ) -> None:
-    block, engine = manifest.block("head"), OrtTrainingEngine(small_artifacts)
+    block, engine = manifest.block("head"), OrtEngine(small_artifacts)
     mask = np.ones((5, 8), np.float32)
     fed: dict[str, NDArray[Any]] = {"fusion": draw(5, 6), "mask.0": mask}
     fed["labels"] = np.arange(5) % 3
@@ -218,7 +220,7 @@ def two_tensors(tmp_path: Path) -> Block:
 
 def test_several_tensors_statistics_and_what_is_saved(tmp_path: Path, two_tensors: Block) -> None:
     """Whatever a graph has no use for may be fed all the same."""
-    engine = OrtTrainingEngine(tmp_path)
+    engine = OrtEngine(tmp_path)
     fed = {"a": X, "present": np.ones((2, 1), np.float32), "mask.0": X}
     evaluated = engine.evaluate(two_tensors, VECTOR, fed)
     assert {name: y.tolist() for name, y in evaluated.items()} == {
@@ -239,7 +241,7 @@ def test_several_tensors_statistics_and_what_is_saved(tmp_path: Path, two_tensor
 def test_a_frozen_block_is_evaluated_in_training(tmp_path: Path, two_tensors: Block) -> None:
     artifacts = dataclasses.replace(two_tensors.artifacts, training_forward=None)
     frozen = dataclasses.replace(two_tensors, is_frozen=True, artifacts=artifacts)
-    engine = OrtTrainingEngine(tmp_path)
+    engine = OrtEngine(tmp_path)
     forward = engine.forward(frozen, VECTOR, {"a": X})
     assert (forward.statistics, forward.saved) == (None, {})
     for name, y in engine.evaluate(frozen, VECTOR, {"a": X}).items():
@@ -251,7 +253,7 @@ def test_a_frozen_block_is_evaluated_in_training(tmp_path: Path, two_tensors: Bl
 
 
 def test_a_graph_that_takes_what_nobody_has(tmp_path: Path, two_tensors: Block) -> None:
-    engine = OrtTrainingEngine(tmp_path)
+    engine = OrtEngine(tmp_path)
     with pytest.raises(
         ModelError, match=r"^encoder-a/training_backward\.onnx takes 'saved\.0', which nothing"
     ):
@@ -259,7 +261,7 @@ def test_a_graph_that_takes_what_nobody_has(tmp_path: Path, two_tensors: Block) 
 
 
 def test_a_graph_that_fails_is_named(tmp_path: Path, two_tensors: Block) -> None:
-    engine = OrtTrainingEngine(tmp_path)
+    engine = OrtEngine(tmp_path)
     for wrong in ({"a": X[:, [0, 0]]}, {"a": X.astype(np.int64)}, {"a": "x"}):
         with pytest.raises(ModelError, match=r"^ONNX Runtime fails on encoder-a/eval_model\.onnx"):
             engine.evaluate(two_tensors, VECTOR, wrong)  # type: ignore[arg-type]
@@ -275,7 +277,7 @@ def test_a_block_without_parameters(tmp_path: Path) -> None:
     block = dataclasses.replace(
         block, artifacts=dataclasses.replace(block.artifacts, eval_model=graph)
     )
-    found = OrtTrainingEngine(tmp_path).forward(block, np.zeros(0, np.float32), {"a": X}).outputs
+    found = OrtEngine(tmp_path).forward(block, np.zeros(0, np.float32), {"a": X}).outputs
     np.testing.assert_array_equal(found["fusion"], -X)
 
 
@@ -298,15 +300,15 @@ def test_engines_share_the_sessions_of_the_same_content(
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     copy = shutil.copytree(small_artifacts, tmp_path / "copy")
     block, vector, fed = manifest.block("encoder-a"), draw(24), {"a": draw(3, 5)}
-    engines = [OrtTrainingEngine(folder, num_threads=2) for folder in (small_artifacts, copy)]
+    engines = [OrtEngine(folder, num_threads=2) for folder in (small_artifacts, copy)]
     for engine in engines * 2:
         engine.evaluate(block, vector, fed)
     assert len(opened) == 1
-    OrtTrainingEngine(copy, num_threads=3).evaluate(block, vector, fed)
+    OrtEngine(copy, num_threads=3).evaluate(block, vector, fed)
     assert len(opened) == 2  # another number of threads is another session
     del engine, engines
     gc.collect()
-    OrtTrainingEngine(copy, num_threads=2).evaluate(block, vector, fed)
+    OrtEngine(copy, num_threads=2).evaluate(block, vector, fed)
     assert len(opened) == 3  # the last engine took it along
 
 
@@ -314,7 +316,7 @@ def test_only_the_blocks_used_need_be_there(
     small_artifacts: Path, manifest: ModelManifest, tmp_path: Path
 ) -> None:
     shutil.copytree(small_artifacts / "encoder-a", tmp_path / "encoder-a")
-    engine = OrtTrainingEngine(tmp_path)
+    engine = OrtEngine(tmp_path)
     engine.evaluate(manifest.block("encoder-a"), draw(24), {"a": draw(3, 5)})
     with pytest.raises(ModelError, match=r"encoder-b/eval_model\.onnx cannot be read"):
         engine.evaluate(manifest.block("encoder-b"), draw(100), {"b": draw(3, 2, 8)})
@@ -329,7 +331,7 @@ def test_a_damaged_artifact_is_never_run(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    engine, block = OrtTrainingEngine(tmp_path), manifest.block("encoder-a")
+    engine, block = OrtEngine(tmp_path), manifest.block("encoder-a")
     run = {"eval_model": engine.evaluate, "training_forward": engine.forward}.get(kind)
     with pytest.raises(ModelError, match=f"{kind}.onnx is damaged"):
         (run or engine.backward)(block, draw(24), {"a": draw(3, 5)})
@@ -345,13 +347,54 @@ def test_an_artifact_that_is_no_graph(manifest: ModelManifest, tmp_path: Path) -
     artifacts = dataclasses.replace(block.artifacts, eval_model=artifact)
     swapped = dataclasses.replace(block, artifacts=artifacts)
     with pytest.raises(ModelError, match=r"^ONNX Runtime cannot load encoder-a/eval_model\.onnx: "):
-        OrtTrainingEngine(tmp_path).evaluate(swapped, draw(24), {"a": draw(3, 5)})
+        OrtEngine(tmp_path).evaluate(swapped, draw(24), {"a": draw(3, 5)})
+
+
+def too_new(**wrong: Any) -> bytes:
+    """A graph with an operator, operator set or IR version that no runtime has yet."""
+    node = helper.make_node(wrong.get("op", "Neg"), ["a"], ["fusion"], domain=wrong.get("of", ""))
+    graph = helper.make_graph([node], "graph", [value("a", "b", 1)], [value("fusion", "b", 1)])
+    opsets = [helper.make_opsetid("", wrong.get("opset", 17)), helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=wrong.get("ir", 8))
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"ir": 999}, r"Unsupported model IR version: 999, max supported IR version: \d+"),
+        ({"opset": 999}, r"Opset 999 is under development; .* is till opset \d+"),
+        ({"op": "NoSuchOperator"}, "No Op registered for NoSuchOperator"),
+        ({"op": "Own", "of": "own"}, r"own:Own\(-1\) is not a registered function/op"),
+    ],
+)
+def test_a_graph_that_is_too_new_for_the_runtime(
+    wrong: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    data, path = too_new(**wrong), "fusion/eval_model.onnx"
+    (tmp_path / "fusion").mkdir()
+    (tmp_path / path).write_bytes(data)
+    block = make_block("fusion", ("a",), 1, 1, is_frozen=True, reached=False)
+    graph = Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
+    artifacts = dataclasses.replace(block.artifacts, eval_model=graph)
+    block = dataclasses.replace(block, artifacts=artifacts)
+    runtime = re.escape(str(find_runtime()))
+    message = rf"^{path} needs a newer ONNX Runtime than {runtime} \({found}.*\); install one with"
+    with pytest.raises(ModelError, match=message):
+        OrtEngine(tmp_path).evaluate(block, np.zeros(0, np.float32), {"a": X})
+
+
+def test_an_engine_that_is_not_installed(small_artifacts: Path, manifest: ModelManifest) -> None:
+    other: EngineName = "ort" if find_runtime().engine == "ort-training" else "ort-training"
+    engine = OrtEngine(small_artifacts, name=other)
+    with pytest.raises(ModelError, match=f"engine {other} is asked for, .* is installed"):
+        engine.evaluate(manifest.block("encoder-a"), draw(24), {"a": draw(3, 5)})
 
 
 def test_without_the_runtime_it_says_how_to_get_it(
     small_artifacts: Path, manifest: ModelManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    engine = OrtTrainingEngine(small_artifacts, num_threads=4)  # with no session open yet
+    engine = OrtEngine(small_artifacts, num_threads=4)  # with no session open yet
     with pytest.raises(ModelError, match=r"pip install petalfl\[ort\]"):
         engine.evaluate(manifest.block("encoder-a"), draw(24), {"a": draw(3, 5)})

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest
 from petalfl.optimizers import ClientOptimizer, Scalars, adamw, sgd
 from petalfl.vectors import Vector
@@ -25,7 +25,7 @@ VECTORS = st.lists(
 @pytest.fixture(scope="module")
 def made(small_artifacts: Path) -> Any:
     """Makes an optimizer: `sgd` or `adamw` on the exported graph."""
-    manifest, engine = ModelManifest.load(small_artifacts), OrtTrainingEngine(small_artifacts)
+    manifest, engine = ModelManifest.load(small_artifacts), OrtEngine(small_artifacts)
 
     def make(build: Any, **settings: Any) -> ClientOptimizer:
         optimizer: ClientOptimizer = build(engine, manifest.optimizers[build.__name__], **settings)

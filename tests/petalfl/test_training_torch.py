@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from petalfl.engine import OrtTrainingEngine
+from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import from_bytes
@@ -101,7 +101,7 @@ def test_a_round_is_pytorch_s(
         for b in manifest.blocks
     }
     found = train(
-        OrtTrainingEngine(several_artifacts), manifest, vectors, *draw(modalities),
+        OrtEngine(several_artifacts), manifest, vectors, *draw(modalities),
         Hyperparameters(**{**PLAIN, **changes}), np.random.default_rng(0),
         shared=vectors.keys(),
     )  # fmt: skip
