@@ -7,11 +7,35 @@ from typing import Any
 
 from ..choices import parse_choice
 from .aggregator import Aggregator
+from .canonical import canonical
+from .geometric_median import geometric_median
+from .krum import krum, multi_krum
+from .median import median
+from .trimmed_mean import trimmed_mean
 from .weighted_mean import weighted_mean
 
-__all__ = ["AGGREGATORS", "Aggregator", "parse_aggregator", "weighted_mean"]
+__all__ = [
+    "AGGREGATORS",
+    "Aggregator",
+    "canonical",
+    "geometric_median",
+    "krum",
+    "median",
+    "multi_krum",
+    "parse_aggregator",
+    "trimmed_mean",
+    "weighted_mean",
+]
 
-AGGREGATORS: dict[str, Callable[..., Aggregator[Any]]] = {"weighted-mean": weighted_mean}
+AGGREGATORS: dict[str, Callable[..., Aggregator[Any]]] = {
+    "weighted-mean": weighted_mean,
+    "median": median,
+    "trimmed-mean": trimmed_mean,
+    "krum": krum,
+    "multi-krum": multi_krum,
+    "geometric-median": geometric_median,
+    "canonical": canonical,
+}
 
 
 def parse_aggregator(text: str) -> Aggregator[Any]:

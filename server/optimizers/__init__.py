@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..choices import parse_choice
+from .adagrad import adagrad
+from .adam import adam
 from .optimizer import OptimizerState, ServerOptimizer, step
+from .orthogonal import orthogonal
 from .sgd import momentum, sgd
+from .yogi import yogi
 
 __all__ = [
     "OPTIMIZERS",
     "OptimizerState",
     "ServerOptimizer",
+    "adagrad",
+    "adam",
     "momentum",
+    "orthogonal",
     "parse_optimizer",
     "sgd",
     "step",
+    "yogi",
 ]
 
-OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {"sgd": sgd, "momentum": momentum}
+OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "adagrad": adagrad,
+    "adam": adam,
+    "yogi": yogi,
+    "orthogonal": orthogonal,
+}
 
 
 def parse_optimizer(text: str) -> ServerOptimizer:
