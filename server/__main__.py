@@ -164,8 +164,8 @@ def _config(options: argparse.Namespace, manifest: ModelManifest) -> Config:
         deadline_s=options.deadline,
         hyperparameters=hyperparameters,
         schedule=options.schedule or ("cosine" if options.rounds else "constant"),
-        server_momentum=options.server_momentum,
         seed=options.seed,
+        server_optimizer=f"momentum:{options.server_momentum}",
     )  # fmt: skip
 
 

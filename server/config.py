@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from petalfl.errors import PetalError
 from petalfl.model import ModelManifest
@@ -16,16 +18,42 @@ class ConfigError(PetalError):
     """A setting that cannot be used; the message names it."""
 
 
+Mode: TypeAlias = Literal["sync", "async"]
+
+
+@dataclass(frozen=True, slots=True)
+class PerBlock:
+    """A number for every block, and others for some of them."""
+
+    default: int
+    by_block: Mapping[str, int] = field(default_factory=dict)
+
+    def __call__(self, block: str) -> int:
+        """The number of this block."""
+        return self.by_block.get(block, self.default)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """How one federation is run.
 
     Attributes:
         num_rounds: 0: until stopped.
-        min_devices: A round opens when so many devices are ready.
-        deadline_s: A round closes after that time with what has arrived.
+        min_devices: The first round opens when so many devices are ready, and in mode sync every
+            round.
+        deadline_s: Nobody waits longer for a device that has a task.
         private_blocks: These never leave a device.
-        server_momentum: Of the server optimizer, per block; 0 is plain FedAvg.
+        mode: sync: all blocks step together when their cohort has reported; async (FedBuff, per
+            block): each block steps when its buffer is full, and nobody waits for anybody.
+        selection: Who of those ready is in the cohort, as `parse_selection` reads it.
+        cohort_size: The reports that close a round; 0: those of all ready devices.
+        over_selection: So many times as many devices are asked, and the slowest not waited for.
+        quorum: A block with fewer updates keeps its version.
+        buffer_size: In mode async: the updates that make up a block's next version.
+        max_staleness: In mode async: an update's base may be so many versions old.
+        max_upload_bytes: A device sends the blocks that this has room for; 0: all of them.
+        aggregator: As `parse_aggregator` reads it; the other rules likewise.
+        max_update_norm: A longer update of a block is scaled down to it; 0: never.
     """
 
     artifacts: Path
@@ -37,8 +65,24 @@ class Config:
     deadline_s: float
     hyperparameters: Hyperparameters
     schedule: ScheduleName
-    server_momentum: float
     seed: int
+    mode: Mode = "sync"
+    selection: str = "all"
+    cohort_size: int = 0
+    over_selection: float = 1.0
+    quorum: PerBlock = PerBlock(1)
+    buffer_size: PerBlock = PerBlock(10)
+    max_staleness: int = 20
+    max_upload_bytes: int = 0
+    aggregator: str = "weighted-mean"
+    server_optimizer: str = "sgd"
+    weighting: str = "examples"
+    max_update_norm: float = 0.0
+
+    @property
+    def is_async(self) -> bool:
+        """Whether blocks step one by one."""
+        return self.mode == "async"
 
 
 SCHEMES = ("fm", "ph", "phf", "local")

@@ -1,37 +1,42 @@
-"""A federation: devices, block versions, and one round after another.
+"""A federation: devices, block versions, and the steps from one version to the next.
 
 The stateful heart of the server. It runs on the event loop, is told of arrivals by the gateway
-and of enrollments by HTTP, and writes to the state before it answers.
+and of enrollments by HTTP, and writes to the state before it answers. Whatever arrives ends in
+`_advance`, which does what has become due: steps blocks, closes and opens rounds, hands out tasks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
+import math
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
-
 from petalfl import wire
 from petalfl.errors import ModelError
-from petalfl.model import Block, ModelManifest, read_artifact
-from petalfl.vectors import Vector, from_bytes, to_bytes
+from petalfl.model import ModelManifest
 
-from .aggregators import weighted_mean
+from .aggregators import parse_aggregator
+from .buffers import BlockResult
 from .config import Config, ConfigError
-from .optimizers import momentum, step
-from .rounds import Round
+from .optimizers import parse_optimizer
+from .roster import Roster
+from .rounds import Announced, Assignment, Refusal, Round, mean_loss
 from .schedules import learning_rate
-from .state import NewVersion, ServerState, StateError
+from .shared_blocks import SharedBlocks
+from .state import Closing, NewVersion, ServerState, StateError
+from .tally import Tally
+from .traffic import Traffic
+from .weighting import parse_weighting
 
 log = logging.getLogger("petalfl.server")
 
-RETRY_S = 10.0  # until a round that could not be closed is tried again
+RETRY_S = 10.0  # until what the disk has refused is tried again
 
 
 class Sender(Protocol):
@@ -51,8 +56,12 @@ class Federation:
         state: Open; a round that was open when the server stopped is taken up again.
         now_s: The wall clock, in seconds since the epoch.
 
+    Attributes:
+        roster: The devices that are ready.
+        refused: Updates and reports that did not count, by `Refusal.kind`.
+
     Raises:
-        ConfigError: The data folder belongs to another model or sharing scheme.
+        ConfigError: The data folder belongs to another model, sharing scheme or mode.
     """
 
     def __init__(
@@ -66,41 +75,38 @@ class Federation:
         self.manifest = manifest
         self.finished = asyncio.Event()
         self.round: Round | None = None
-        self.ready: dict[str, frozenset[str]] = {}  # by device: the shared blocks it holds
+        self.refused: Counter[str] = Counter()
         self._state = state
         self._now_s = now_s
         self._sender: Sender | None = None
-        self._aggregator = weighted_mean()
-        self._optimizer = momentum(config.server_momentum)
-        self._deadline: asyncio.TimerHandle | None = None
-        self._traffic: dict[tuple[int, str, str], tuple[int, int]] = {}
+        self._timer: asyncio.Handle | None = None
+        self._tally = Tally()
+        self._traffic = Traffic()
         self._check_settings()
-        self.shared: dict[str, Block] = {
-            b.name: b
-            for b in manifest.blocks
-            if not b.is_frozen and b.name not in config.private_blocks
-        }
-        self._pointers: dict[str, wire.BlockVersion] = {}
-        self._bodies: dict[str, bytes] = {}  # the newest versions, as they are served
-        self._load_blocks()
-        unclosed = self._state.unclosed_round()
+        self.shared = SharedBlocks(state, manifest, config.artifacts, config.private_blocks)
+        self.roster = Roster(self.shared.sizes, state.candidates())
+        self._use(config)
+        unclosed = state.unclosed_round()
         if unclosed is not None:  # before anything arrives: its updates must not be refused
-            self._resume(unclosed.round_num, unclosed.cohort)
+            self.round = self._from_journal(unclosed.round_num)
+            log.info("round %d goes on with %d of %d reports", self.round.round_num,
+                     len(self.round.reports), len(self.round.cohort))  # fmt: skip
         elif self._is_over():
             self.finished.set()
 
     def start(self, sender: Sender) -> None:
         """Publishes the versions and goes on where the last run stopped."""
         self._sender = sender
-        for name, pointer in self._pointers.items():
+        for name, pointer in self.shared.pointers.items():
             sender.publish_version(name, pointer)
-        for device in self.ready:
+        for device in self.roster.ready:
             self._answer_ready(device)
+        self._advance()
 
     def close(self) -> None:
         """Stops the clock; an open round stays open in the state."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._set_timer(None)
+        self._sender = None
         self.flush_traffic()
 
     @property
@@ -108,226 +114,300 @@ class Federation:
         """The open round, or the last one that was closed."""
         return self.round.round_num if self.round else self._state.last_closed_round()
 
-    @property
-    def versions(self) -> dict[str, int]:
-        """By shared block, its newest version."""
-        return {name: pointer.version for name, pointer in self._pointers.items()}
-
-    def block_body(self, block: str, version: int) -> bytes | None:
-        """A version's float32 vector as bytes; None where there is none such."""
-        if block not in self.shared:
-            return None
-        if version == self._pointers[block].version:
-            return self._bodies[block]
-        if not 1 <= version < self._pointers[block].version:
-            return None
-        return to_bytes(self._state.read_version(self.shared[block], version)[0])
-
-    def blocks_of(
-        self, modalities: Collection[str], tasks: Collection[str] | None = None
-    ) -> frozenset[str]:
-        """The shared blocks of a device; arguments and errors as of `ModelManifest.blocks_for`."""
-        held = {block.name for block in self.manifest.blocks_for(modalities, tasks)}
-        return frozenset(held & self.shared.keys())
-
     # What devices say (the gateway's `Judge`)
 
     def on_ready(self, device: str, ready: wire.Ready) -> None:
-        """Sends the open round's task, the end, or waits for enough devices."""
+        """Sends the device's open task or the end, or waits until there is a task for it."""
         enrolled = self._state.modalities(device)
         try:
             if enrolled is None or not set(ready.modalities) <= set(enrolled):
                 raise ModelError(f"it enrolled with {enrolled}")
-            self.ready[device] = self.blocks_of(ready.modalities, ready.tasks)
+            self.roster.ready[device] = self.shared.held_with(ready.modalities, ready.tasks)
         except ModelError as error:
             log.warning("device %s with %s cannot take part: %s", device, ready, error)
             return
         if self._sender is not None:
             self._answer_ready(device)
-
-    def _answer_ready(self, device: str) -> None:
-        if self.finished.is_set():
-            self._send(device, wire.Finish(self._pointers_for(device)))
-        elif self.round is None:
-            self._open_round_if_possible()
-        elif (
-            device not in self.round.reports
-            and device in self.round.cohort
-            and self.round.cohort[device] <= self.ready[device]  # else it came back with less
-        ):
-            self._send(device, self._task(device))
+            self._advance()
 
     def on_offline(self, device: str) -> None:
         """The device takes no part in the rounds to come until it is ready again."""
-        self.ready.pop(device, None)
+        self.roster.ready.pop(device, None)
+
+    def refuse(self, device: str, update: Announced) -> Refusal | None:
+        """Why an update of this device does not count; None when it does."""
+        if self.round is None:
+            return Refusal("late", "no round is open")
+        refusal = self.round.refuse(device, update)
+        if refusal is None and not self.round.has(device, update):
+            is_known = self._state.has_update(update.update_id)
+            refusal = Refusal("duplicate", "its update_id is another's") if is_known else None
+        return refusal
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """Counts an update once; it is in the journal before its receipt exists."""
-        if self.round is None:
-            return wire.Receipt(update.update_id, "rejected", "no round is open")
-        if reason := self.round.refuse(update):
-            log.warning("refused an update: %s", reason)
-            return wire.Receipt(update.update_id, "rejected", reason[:256])
-        if not self.round.has(update):
-            if self._state.has_update(update.update_id):
-                return wire.Receipt(update.update_id, "rejected", "its update_id is another's")
+        if refusal := self.refuse(update.device, update):
+            log.warning("refused an update: %s", refusal.reason)
+            return self._rejected(update.update_id, refusal)
+        assert self.round is not None
+        if not self.round.has(update.device, update):
             self._state.journal_update(update)
             self.round.add(update)
-            self._close_round_if_complete()
+            self.roster.note_sent(update)
+            self._advance_soon()
         return wire.Receipt(update.update_id, "accepted")
 
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
-        """Notes that a device has trained."""
+        """Notes that a device has done its task."""
         if self.round is None:
-            return wire.Receipt(report.update_id, "rejected", "no round is open")
-        if reason := self.round.refuse_report(device, report):
-            return wire.Receipt(report.update_id, "rejected", reason[:256])
-        self._state.journal_report(device, report)
+            return self._rejected(report.update_id, Refusal("late", "no round is open"))
+        if refusal := self.round.refuse_report(device, report):
+            return self._rejected(report.update_id, refusal)
+        self._state.journal_report(device, report, self.round.round_num, self._now_s())
+        if device not in self.round.reports:
+            self.roster.note_report(device, report, asyncio.get_running_loop().time())
         self.round.report(device, report)
-        self._close_round_if_complete()
+        self._advance_soon()
         return wire.Receipt(report.update_id, "accepted")
 
     def on_bytes_up(self, device: str, block: str, num_bytes: int) -> None:
         """Counts traffic of the open round."""
-        if block in self.shared:
-            self._count(device, block, num_bytes, 0)
+        if block in self.shared.blocks:
+            self._traffic.add(self._traffic_round, device, block, up=num_bytes)
 
     def on_bytes_down(self, device: str, block: str, num_bytes: int) -> None:
         """Counts traffic of the open round; between rounds, of the one to come."""
-        self._count(device, block, 0, num_bytes)
+        self._traffic.add(self._traffic_round, device, block, down=num_bytes)
+
+    def flush_traffic(self) -> None:
+        """Writes the traffic counted so far to the state."""
+        self._state.add_traffic(self._traffic.counts)
+        self._traffic.clear()
+
+    def _rejected(self, update_id: bytes, refusal: Refusal) -> wire.Receipt:
+        self.refused[refusal.kind] += 1
+        self._tally.num_late += refusal.kind in ("late", "stale")
+        return wire.Receipt(update_id, "rejected", refusal.reason[:256])
+
+    @property
+    def _traffic_round(self) -> int:
+        return self.round.round_num if self.round else self._state.last_closed_round() + 1
+
+    # What becomes due
+
+    def _advance_soon(self) -> None:
+        """Later, so that the receipt which completes a round goes out before the next task."""
+        if self._sender is not None:
+            asyncio.get_running_loop().call_soon(self._advance)
+
+    def _advance(self) -> None:
+        if self._sender is None:
+            return
+        try:
+            self._do_what_is_due()
+        except (StateError, sqlite3.Error) as error:  # the disk is full, say
+            log.error("round %d has to wait: %s", self.round_num, error)
+            self._set_timer(asyncio.get_running_loop().time() + RETRY_S)
+        else:
+            self._set_timer(self.round.deadline_s if self.round else None)
+
+    def _do_what_is_due(self) -> None:
+        if self.round is not None:
+            self._give_up_late()
+        while (due := self._due_blocks()) is not None:
+            self._step(due)
+        if self.config.is_async and self.round is not None:
+            idle = [d for d in self.roster.ready if not self.round.is_open(d)]
+            if idle:
+                cohort = {device: self._next_assignment(device) for device in idle}
+                self._state.add_tasks(self.round.round_num, cohort, self._now_s())
+                self._assign(cohort)
+        elif self.round is None and not self._is_over():
+            self._open_round()
+
+    def _give_up_late(self) -> None:
+        assert self.round is not None
+        if missed := self.round.expire(asyncio.get_running_loop().time()):
+            log.warning("round %d: deadline after %g s without %s", self.round_num,
+                        self.config.deadline_s, ", ".join(sorted(missed)))  # fmt: skip
+
+    def _due_blocks(self) -> list[str] | None:
+        """The blocks that step now; None where it is not yet time."""
+        if self.round is None:
+            return None
+        if self.config.is_async:
+            return self.round.full(self._num_needed) or None
+        return list(self.shared.blocks) if self.round.is_complete(self._num_enough()) else None
+
+    def _num_enough(self) -> int:
+        """The reports that close a synchronous round."""
+        assert self.round is not None
+        config, size = self.config, len(self.round.cohort)
+        enough = math.ceil(size / config.over_selection)
+        return min(enough, config.cohort_size) if config.cohort_size else enough
+
+    def _num_needed(self, block: str) -> int:
+        """The updates that make up a block's next version."""
+        needed = max(self.config.quorum(block), self._aggregator.quorum)
+        return max(needed, self.config.buffer_size(block)) if self.config.is_async else needed
 
     # Rounds
 
-    def _open_round_if_possible(self) -> None:
-        if self.round is not None or self._is_over():
-            return
-        if len(self.ready) < self.config.min_devices:
+    def _open_round(self) -> None:
+        if len(self.roster.ready) < self.config.min_devices:
             return
         round_num = self._state.last_closed_round() + 1
-        self._state.open_round(round_num, self.ready, self._now_s())
-        self._begin(round_num, self.ready)
-        for device in self.ready:
+        chosen = {} if self.config.is_async else self.roster.choose(round_num, self.config)
+        cohort = {device: Assignment(round_num, blocks) for device, blocks in chosen.items()}
+        self._state.open_round(round_num, cohort, self._now_s())
+        self.round = self._from_journal(round_num)
+        self._assign(cohort)
+        if self.config.is_async:
+            self._do_what_is_due()
+
+    def _next_assignment(self, device: str) -> Assignment:
+        """Asynchronously: each device counts its own tasks."""
+        assert self.round is not None
+        before = self.round.cohort.get(device)
+        round_num = before.round_num + 1 if before else 1
+        return Assignment(round_num, self.roster.uploads(device, round_num, self.config))
+
+    def _assign(self, cohort: dict[str, Assignment]) -> None:
+        assert self.round is not None
+        now_s = asyncio.get_running_loop().time()
+        for device, assignment in cohort.items():
+            self.round.assign(device, assignment, now_s + self.config.deadline_s)
+            self.roster.note_asked(device, self.round_num, now_s)
             self._send(device, self._task(device))
 
-    def _resume(self, round_num: int, cohort: dict[str, frozenset[str]]) -> None:
-        """Takes up an open round from its journal; devices get its task when they are back."""
-        resumed = self._begin(round_num, cohort)
-        sizes = {name: block.size for name, block in self.shared.items()}
-        for update in self._state.journaled_updates(round_num, sizes):
-            resumed.add(update)
-        for device, report in self._state.journaled_reports(round_num).items():
-            resumed.report(device, report)
-        log.info("round %d goes on with %d of %d reports", round_num, len(resumed.reports),
-                 len(cohort))  # fmt: skip
-        self._close_round_if_complete()
+    def _from_journal(self, round_num: int) -> Round:
+        """A round as the state knows it."""
+        config, since = self.config, 0 if self.config.is_async else round_num
+        found = Round(
+            round_num, self.shared.versions, self.shared.blocks, self._aggregator,
+            weigh=parse_weighting(config.weighting),
+            max_staleness=config.max_staleness if config.is_async else 0,
+            max_norm=config.max_update_norm,
+        )  # fmt: skip
+        deadline_s = asyncio.get_running_loop().time() + config.deadline_s
+        for device, assignment in self._state.newest_tasks(since).items():
+            found.assign(device, assignment, deadline_s)
+        for device, block, update_id in self._state.sent_updates(since):
+            found.note(device, block, update_id)
+        for update in self._state.unconsumed_updates(self.shared.sizes):
+            found.buffer(update)
+        for device, report in self._state.journaled_reports(since).items():
+            found.report(device, report)
+        return found
 
-    def _begin(self, round_num: int, cohort: dict[str, frozenset[str]]) -> Round:
-        self.round = Round(round_num, cohort, self.versions, self.shared, self._aggregator)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self.config.deadline_s, self._miss_deadline, round_num)
-        return self.round
+    def _step(self, names: Collection[str]) -> None:
+        """Blocks with enough updates get their next version; others drop what they have."""
+        assert self.round is not None
+        stepping = self.round
+        results = stepping.results(names)
+        versions = {name: new for name, r in results.items() if (new := self._next(name, r))}
+        outcomes = {
+            update_id: versions[name].version if name in versions else 0
+            for name, result in results.items()
+            for update_id in result.update_ids
+        }
+        closing = self._closing(versions)
+        self.flush_traffic()
+        self._state.step(stepping.round_num, list(versions.values()), outcomes, closing)
+        for name, result in results.items():
+            if new := versions.get(name):
+                self._publish(name, self.shared.install(new))
+            count = self._tally.counted if name in versions else self._tally.dropped
+            count[name] += len(result.update_ids)
+            stepping.step(name, self.shared.versions[name], self._aggregator)
+        if closing is not None:
+            self._close(stepping, closing)
 
-    def _miss_deadline(self, round_num: int) -> None:
-        if self.round is not None and self.round.round_num == round_num:
-            missing = sorted(self.round.cohort.keys() - self.round.reports.keys())
-            log.warning(
-                "round %d: deadline after %g s without %s", round_num, self.config.deadline_s,
-                ", ".join(missing),
-            )  # fmt: skip
-            self._close_round()
+    def _next(self, name: str, result: BlockResult) -> NewVersion | None:
+        if result.delta is None or len(result.update_ids) < self._num_needed(name):
+            return None
+        return self.shared.next_version(name, result.delta, self._optimizer)
 
-    def _close_round_if_complete(self) -> None:
-        if self.round is not None and self.round.is_complete:
-            # Later, so that the receipt which completed the round goes out before the next task.
-            asyncio.get_running_loop().call_soon(self._close_complete, self.round)
+    def _closing(self, versions: dict[str, NewVersion]) -> Closing | None:
+        """With the step of all blocks; asynchronously, with the n-th step of the first block."""
+        assert self.round is not None
+        round_num = self.round.round_num
+        if self.config.is_async and all(v.version <= round_num for v in versions.values()):
+            return None
+        has_next = self.config.is_async and not 0 < self.config.num_rounds <= round_num
+        loss = mean_loss(self._state.reports_in(round_num))
+        return Closing(self._now_s(), loss, self._tally.num_late, has_next)
 
-    def _close_complete(self, complete: Round) -> None:
-        if self.round is complete:
-            self._close_round()
-
-    def _close_round(self) -> None:
-        assert self.round is not None and self._deadline is not None
-        self._deadline.cancel()
-        closing = self.round
-        results = closing.finalize()
-        try:
-            new = [
-                version
-                for name, result in results.items()
-                if result.delta is not None and (version := self._step(name, result.delta))
-            ]
-            self.flush_traffic()
-            self._state.close_round(closing.round_num, new, closing.loss, self._now_s())
-        except (StateError, sqlite3.Error) as error:  # the disk is full, say
-            log.error("round %d cannot be closed yet: %s", closing.round_num, error)
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(RETRY_S, self._close_complete, closing)
-            return
-        self.round = None
-        for version in new:
-            self._install(version.block, version.version, version.parameters)
-        _log_round(closing, {name: len(result.holders) for name, result in results.items()})
+    def _close(self, closed: Round, closing: Closing) -> None:
+        log.info("%s", self._tally.line(closed.round_num, closing.loss, self.shared.blocks))
+        self._tally = Tally()
+        if closing.has_next:
+            closed.round_num += 1
+        else:
+            self.round = None
         if self._is_over():
             self.finished.set()
-            for device in self.ready:
-                self._send(device, wire.Finish(self._pointers_for(device)))
-        self._open_round_if_possible()
-
-    def _step(self, name: str, delta: Vector) -> NewVersion | None:
-        """The block's next version; None where it would not be finite, and the old one stays."""
-        block, version = self.shared[name], self._pointers[name].version
-        parameters, state = self._state.read_version(block, version)
-        with np.errstate(over="ignore", invalid="ignore"):
-            parameters, state = step(self._optimizer, block, parameters, delta, state)
-        if not all(np.isfinite(array).all() for array in (parameters, *state.values())):
-            log.error("block %s keeps version %d: the next would not be finite", name, version)
-            return None
-        return NewVersion(block, version + 1, parameters, state)
+            for device in self.roster.ready:
+                self._send(device, wire.Finish(self.shared.pointers_of(self.roster.ready[device])))
 
     def _is_over(self) -> bool:
         return 0 < self.config.num_rounds <= self._state.last_closed_round()
 
+    # Tasks
+
+    def _answer_ready(self, device: str) -> None:
+        held = self.roster.ready[device]
+        if self.finished.is_set():
+            self._send(device, wire.Finish(self.shared.pointers_of(held)))
+        elif self.round is not None and self.round.is_open(device):
+            if self.round.cohort[device].blocks <= held:
+                self._send(device, self._task(device))
+            else:  # it came back with less
+                self.round.give_up(device)
+
     def _task(self, device: str) -> wire.Task:
         assert self.round is not None
-        config, round_num = self.config, self.round.round_num
+        config, assignment, held = self.config, self.round.cohort[device], self.roster.ready[device]
         rate = learning_rate(
-            config.schedule, config.hyperparameters.learning_rate, round_num, config.num_rounds
-        )
+            config.schedule, config.hyperparameters.learning_rate, self.round_num,
+            config.num_rounds,
+        )  # fmt: skip
         return wire.Task(
-            round_num=round_num,
-            num_rounds=config.num_rounds,
+            round_num=assignment.round_num,
+            num_rounds=0 if config.is_async else config.num_rounds,
             hyperparameters=replace(config.hyperparameters, learning_rate=rate),
             seed=config.seed,
-            blocks={name: self._pointers[name] for name in sorted(self.round.cohort[device])},
+            blocks=self.shared.pointers_of(held),
+            uploads=None if assignment.blocks == held else tuple(sorted(assignment.blocks)),
         )
 
-    def _pointers_for(self, device: str) -> dict[str, wire.BlockVersion]:
-        return {name: self._pointers[name] for name in sorted(self.ready[device])}
+    def _publish(self, block: str, pointer: wire.BlockVersion) -> None:
+        assert self._sender is not None
+        self._sender.publish_version(block, pointer)
 
     def _send(self, device: str, message: wire.Task | wire.Finish) -> None:
         assert self._sender is not None
         self._sender.send_task(device, message)
 
-    # Blocks, settings, traffic
+    # Settings
 
-    def _load_blocks(self) -> None:
-        for name, block in self.shared.items():
-            initial = read_artifact(self.config.artifacts, block.artifacts.parameters)
-            self._state.add_initial_version(block, from_bytes(initial, block.size))
-            version = self._state.newest_versions()[name]
-            self._install(block, version, self._state.read_version(block, version)[0])
+    def _use(self, config: Config) -> None:
+        self.config = config
+        self._aggregator = parse_aggregator(config.aggregator)
+        self._optimizer = parse_optimizer(config.server_optimizer)
 
-    def _install(self, block: Block, version: int, parameters: Vector) -> None:
-        body = to_bytes(parameters)
-        pointer = wire.BlockVersion(version, hashlib.sha256(body).hexdigest())
-        self._bodies[block.name], self._pointers[block.name] = body, pointer
-        if self._sender is not None:
-            self._sender.publish_version(block.name, pointer)
+    def _set_timer(self, at_s: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if at_s is not None:
+            self._timer = asyncio.get_running_loop().call_at(at_s, self._advance)
 
     def _check_settings(self) -> None:
         for key, value in (
             ("model layout", self.manifest.layout_sha256),
             ("private blocks", ",".join(sorted(self.config.private_blocks))),
+            ("mode", self.config.mode),
         ):
             stored = self._state.setting(key, value)
             if stored != value:
@@ -335,20 +415,3 @@ class Federation:
                     f"the data folder {self.config.data_dir} was made for another {key} "
                     f"({stored[:60]!r}, now {value[:60]!r}); choose another --data-dir"
                 )
-
-    def _count(self, device: str, block: str, up: int, down: int) -> None:
-        open_round = self.round.round_num if self.round else self._state.last_closed_round() + 1
-        key = (open_round, device, block)
-        before = self._traffic.get(key, (0, 0))
-        self._traffic[key] = (before[0] + up, before[1] + down)
-
-    def flush_traffic(self) -> None:
-        """Writes the traffic counted so far to the state."""
-        self._state.add_traffic(self._traffic)
-        self._traffic = {}
-
-
-def _log_round(closed: Round, num_holders: dict[str, int]) -> None:
-    loss = "none" if closed.loss is None else f"{closed.loss:.4f}"
-    holders = ", ".join(f"{name} {count}" for name, count in num_holders.items())
-    log.info("round %d closed: loss %s, updates: %s", closed.round_num, loss, holders or "none")

@@ -1,122 +1,226 @@
-"""One synchronous round, per block: who belongs to it, what counts, when it is complete.
+"""Who was asked for which blocks, what of it counts, and when it is time to go on.
 
 Sans-I/O: it decides and accumulates; journal, network and clock are others' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 from petalfl.model import Block
-from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate, Report
 
 from .aggregators import Aggregator
+from .buffers import BlockResult, Buffer
+from .norms import clip
+from .weighting import Weighting, staleness_factor
 
 
-class BlockResult(NamedTuple):
-    """What a closed round says of one block; ``delta`` is None where nobody contributed."""
+class Assignment(NamedTuple):
+    """What a device was asked for: its task's number, and the blocks that it is to send."""
 
-    delta: Vector | None
-    holders: tuple[str, ...]
-    num_examples: int
+    round_num: int
+    blocks: frozenset[str]
+
+
+class Refusal(NamedTuple):
+    """Why an update or a report does not count.
+
+    Attributes:
+        kind: late: its round is over; stale: its base version is too old; duplicate: another
+            one came before; foreign: nobody asked that device for it.
+    """
+
+    kind: Literal["late", "stale", "duplicate", "foreign"]
+    reason: str
+
+
+class Announced(Protocol):
+    """What of an update there is to judge before its payload has come."""
+
+    @property
+    def update_id(self) -> bytes:
+        """Of this update for good."""
+
+    @property
+    def block(self) -> str:
+        """Its block."""
+
+    @property
+    def round_num(self) -> int:
+        """Of the task that it answers."""
+
+    @property
+    def base_version(self) -> int:
+        """What its device has started from."""
 
 
 class Round:
-    """The updates and reports of a cohort.
+    """The assignments of a cohort, and what has come back.
+
+    A synchronous round is made, filled and finalized as one. In asynchronous mode one round stays
+    open for good: devices are assigned again one by one, and blocks step one by one.
 
     Args:
         round_num: From 1.
-        cohort: By device: the shared blocks that it trains and is to send.
-        base_versions: By block: the version that the cohort starts from.
-        blocks: By name: the shared ones.
+        versions: By shared block, its newest version.
+        blocks: The shared ones by name.
+        weigh: An update's examples to its weight, which staleness reduces.
+        max_staleness: An update may be based on a version so much older than the newest.
+        max_norm: A longer delta is scaled down to it; 0: never.
     """
 
     def __init__(
         self,
         round_num: int,
-        cohort: Mapping[str, frozenset[str]],
-        base_versions: Mapping[str, int],
+        versions: Mapping[str, int],
         blocks: Mapping[str, Block],
         aggregator: Aggregator[Any],
+        *,
+        weigh: Weighting = float,
+        max_staleness: int = 0,
+        max_norm: float = 0.0,
     ) -> None:
         self.round_num = round_num
-        self.cohort = dict(cohort)
-        self.base_versions = dict(base_versions)
-        self.reports: dict[str, Report] = {}
-        self._aggregator = aggregator
-        self._states: dict[str, Any] = {n: aggregator.init(b) for n, b in blocks.items()}
-        self._num_examples = dict.fromkeys(blocks, 0)
-        self._contributors: dict[str, dict[str, bytes]] = {name: {} for name in blocks}
+        self.cohort: dict[str, Assignment] = {}  # by device, its newest
+        self.reports: dict[str, Report] = {}  # by device, on its newest assignment
+        self.buffers = {name: Buffer(block, aggregator) for name, block in blocks.items()}
+        self._open: dict[str, float] = {}  # deadlines of those at work, the earliest first
+        self._sent: dict[str, dict[str, bytes]] = {}  # by device and block: an update_id
+        self._versions = dict(versions)
+        self._blocks = blocks
+        self._weigh = weigh
+        self._max_staleness = max_staleness
+        self._max_norm = max_norm
 
-    def refuse(self, update: BlockUpdate) -> str:
-        """Why this update does not count; empty when it does. Changes nothing."""
-        if update.round_num != self.round_num:
-            return f"round {update.round_num} is closed, round {self.round_num} is open"
-        if update.device not in self.cohort:
-            return f"device {update.device} is not in the cohort of round {self.round_num}"
-        if update.block not in self.cohort[update.device]:
-            return f"device {update.device} does not hold the shared block {update.block}"
-        if update.base_version != self.base_versions[update.block]:
-            return (
-                f"block {update.block}: base version {update.base_version}, "
-                f"expected {self.base_versions[update.block]}"
+    # Assignments
+
+    def assign(self, device: str, assignment: Assignment, deadline_s: float = math.inf) -> None:
+        """Asks a device; its assignment before, if any, is over."""
+        self.give_up(device)
+        self.reports.pop(device, None)
+        self._sent.pop(device, None)
+        self.cohort[device] = assignment
+        self._open[device] = deadline_s
+
+    def give_up(self, device: str) -> None:
+        """Waits no longer for a device; what it sends counts as before."""
+        self._open.pop(device, None)
+
+    def is_open(self, device: str) -> bool:
+        """Whether the device was asked and has neither reported nor missed its deadline."""
+        return device in self._open
+
+    @property
+    def num_open(self) -> int:
+        """The devices that are at work."""
+        return len(self._open)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the next deadline is missed; None where nobody is at work."""
+        return next(iter(self._open.values()), None)
+
+    def expire(self, now_s: float) -> list[str]:
+        """The devices that have missed their deadline: nobody waits for them any longer."""
+        missed = [device for device, deadline_s in self._open.items() if deadline_s <= now_s]
+        for device in missed:
+            del self._open[device]
+        return missed
+
+    def is_complete(self, num_enough: int) -> bool:
+        """Whether so many devices have reported, or all that still may."""
+        return len(self.reports) >= num_enough or not self._open
+
+    # Updates
+
+    def refuse(self, device: str, update: Announced) -> Refusal | None:
+        """Why this update does not count; None when it does. Changes nothing."""
+        if refusal := self._refuse_round(device, update.round_num):
+            return refusal
+        block = update.block
+        if block not in self.cohort[device].blocks:
+            return Refusal("foreign", f"device {device} was not asked for the block {block}")
+        known = self._sent.get(device, {}).get(block)
+        if known == update.update_id:
+            return None
+        if known is not None:
+            return Refusal("duplicate", f"device {device} has sent another update of block {block}")
+        newest, base = self._versions[block], update.base_version
+        if base > newest or (base < newest and not self._max_staleness):
+            return Refusal("stale", f"block {block}: base version {base}, expected {newest}")
+        if newest - base > self._max_staleness:
+            return Refusal(
+                "stale",
+                f"block {block}: base version {base} is too stale, the newest is {newest} and "
+                f"at most {self._max_staleness} behind it count",
             )
-        known = self._contributors[update.block].get(update.device)
-        if known not in (None, update.update_id):
-            return f"device {update.device} has sent another update of block {update.block}"
-        return ""
+        return None
 
-    def has(self, update: BlockUpdate) -> bool:
+    def has(self, device: str, update: Announced) -> bool:
         """Whether this very update counts already: a redelivery changes nothing."""
-        known = self._contributors.get(update.block, {}).get(update.device)
-        return known == update.update_id
+        return self._sent.get(device, {}).get(update.block) == update.update_id
 
     def add(self, update: BlockUpdate) -> None:
         """Counts an update that `refuse` lets pass, once however often it comes."""
-        if self.has(update):
+        if self.has(update.device, update):
             return
-        block = update.block
-        self._states[block] = self._aggregator.accumulate(
-            self._states[block], update.delta, update.num_examples
-        )
-        self._num_examples[block] += update.num_examples
-        self._contributors[block][update.device] = update.update_id
+        self.note(update.device, update.block, update.update_id)
+        self.buffer(update)
 
-    def refuse_report(self, device: str, report: Report) -> str:
-        """Why this report does not count; empty when it does."""
-        if report.round_num != self.round_num:
-            return f"round {report.round_num} is closed, round {self.round_num} is open"
-        return "" if device in self.cohort else f"device {device} is not in the cohort"
+    def note(self, device: str, block: str, update_id: bytes) -> None:
+        """Knows from now on that this device has sent its update of this block."""
+        self._sent.setdefault(device, {})[block] = update_id
+
+    def buffer(self, update: BlockUpdate) -> None:
+        """Adds to the block's next version, with a weight by examples and staleness."""
+        staleness = self._versions[update.block] - update.base_version
+        weight = self._weigh(update.num_examples) * staleness_factor(staleness)
+        if self._max_norm:
+            update = replace(update, delta=clip(update.delta, self._max_norm))
+        self.buffers[update.block].add(update, weight)
+
+    def results(self, blocks: Collection[str]) -> dict[str, BlockResult]:
+        """What those blocks' buffers hold; changes nothing."""
+        return {name: self.buffers[name].result() for name in blocks}
+
+    def full(self, sizes: Callable[[str], int]) -> list[str]:
+        """The blocks with so many updates as ``sizes`` says."""
+        return [name for name, buffer in self.buffers.items() if len(buffer) >= sizes(name)]
+
+    def step(self, block: str, version: int, aggregator: Aggregator[Any]) -> None:
+        """The buffer's updates were consumed; the block's newest version is now this one."""
+        self._versions[block] = version
+        self.buffers[block] = Buffer(self._blocks[block], aggregator)
+
+    # Reports
+
+    def refuse_report(self, device: str, report: Report) -> Refusal | None:
+        """Why this report does not count; None when it does."""
+        return self._refuse_round(device, report.round_num)
 
     def report(self, device: str, report: Report) -> None:
-        """Notes that a device has trained; the first report stands."""
+        """Notes that a device has done its task; the first report stands."""
         self.reports.setdefault(device, report)
+        self.give_up(device)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every device of the cohort has reported and sent all its blocks."""
-        return all(
-            device in self.reports and all(device in self._contributors[b] for b in blocks)
-            for device, blocks in self.cohort.items()
-        )
+    def _refuse_round(self, device: str, round_num: int) -> Refusal | None:
+        asked = self.cohort.get(device)
+        expected = asked.round_num if asked else self.round_num
+        if round_num != expected:
+            return Refusal("late", f"round {round_num} is closed, round {expected} is open")
+        if asked is None:
+            text = f"device {device} is not in the cohort of round {self.round_num}"
+            return Refusal("foreign", text)
+        return None
 
-    @property
-    def loss(self) -> float | None:
-        """The devices' training losses, weighted by examples; None before the first report."""
-        total = sum(r.num_examples for r in self.reports.values())
-        if not total:
-            return None
-        return sum(r.loss * r.num_examples for r in self.reports.values()) / total
 
-    def finalize(self) -> dict[str, BlockResult]:
-        """The aggregated delta of every block over those of its holders that sent one."""
-        return {
-            block: BlockResult(
-                self._aggregator.finalize(state),
-                tuple(sorted(self._contributors[block])),
-                self._num_examples[block],
-            )
-            for block, state in self._states.items()
-        }
+def mean_loss(reports: Collection[Report]) -> float | None:
+    """The devices' training losses, weighted by examples; None without a report."""
+    total = sum(report.num_examples for report in reports)
+    if not total:
+        return None
+    return sum(report.loss * report.num_examples for report in reports) / total

@@ -13,37 +13,55 @@ import hmac
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from safetensors.numpy import load, save
-
-from petalfl.errors import PetalError
-from petalfl.files import write_atomic
 from petalfl.model import Block
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import BlockUpdate, Report
 
+from .history import History
+from .norms import norm_of
 from .optimizers import OptimizerState
+from .rounds import Assignment
+from .selection import Candidate
+from .versions import (
+    NewVersion,
+    StateError,
+    checksum,
+    read_version,
+    version_path,
+    write_version,
+)
 
-_OPTIMIZER = "optimizer."  # before the names of its state, which lie beside the parameters
+__all__ = ["Closing", "NewVersion", "OpenRound", "ServerState", "StateError"]
+
+_FORMAT = 2  # of the database: PRAGMA user_version
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
     name TEXT PRIMARY KEY, salt BLOB NOT NULL, password_sha256 BLOB NOT NULL,
     modalities TEXT NOT NULL, enrolled_at_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (
-    round_num INTEGER PRIMARY KEY, cohort TEXT NOT NULL, opened_at_s REAL NOT NULL,
-    closed_at_s REAL, loss REAL);
+    round_num INTEGER PRIMARY KEY, opened_at_s REAL NOT NULL, closed_at_s REAL, loss REAL,
+    num_late INTEGER);
+CREATE TABLE IF NOT EXISTS tasks (
+    device TEXT, round_num INTEGER, blocks TEXT NOT NULL, opened_in INTEGER NOT NULL,
+    asked_at_s REAL NOT NULL, PRIMARY KEY (device, round_num));
+CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (opened_in);
 CREATE TABLE IF NOT EXISTS updates (
     update_id BLOB PRIMARY KEY, round_num INTEGER NOT NULL, device TEXT NOT NULL,
     block TEXT NOT NULL, base_version INTEGER NOT NULL, num_examples INTEGER NOT NULL,
-    delta BLOB, UNIQUE (round_num, device, block));
+    delta BLOB, norm REAL NOT NULL, closed_in INTEGER, version INTEGER,
+    UNIQUE (device, round_num, block));
+CREATE INDEX IF NOT EXISTS updates_by_round ON updates (closed_in);
 CREATE TABLE IF NOT EXISTS reports (
-    round_num INTEGER, device TEXT, update_id BLOB NOT NULL, num_examples INTEGER NOT NULL,
-    loss REAL NOT NULL, PRIMARY KEY (round_num, device));
+    device TEXT, round_num INTEGER, update_id BLOB NOT NULL, num_examples INTEGER NOT NULL,
+    loss REAL NOT NULL, arrived_in INTEGER NOT NULL, arrived_at_s REAL NOT NULL,
+    PRIMARY KEY (device, round_num));
+CREATE INDEX IF NOT EXISTS reports_by_round ON reports (arrived_in);
 CREATE TABLE IF NOT EXISTS versions (
     block TEXT, version INTEGER, sha256 TEXT NOT NULL, round_num INTEGER NOT NULL,
     PRIMARY KEY (block, version));
@@ -51,27 +69,26 @@ CREATE TABLE IF NOT EXISTS traffic (
     round_num INTEGER, device TEXT, block TEXT, bytes_up INTEGER NOT NULL,
     bytes_down INTEGER NOT NULL, PRIMARY KEY (round_num, device, block));
 """
-
-
-class StateError(PetalError):
-    """A data folder that is in use, belongs to another federation or cannot be written."""
+_NEWEST = """
+(SELECT device, MAX(round_num) AS round_num, blocks FROM tasks
+ WHERE opened_in >= ? GROUP BY device ORDER BY device)
+"""
 
 
 class OpenRound(NamedTuple):
     """A round that was open when the server stopped."""
 
     round_num: int
-    cohort: dict[str, frozenset[str]]
     opened_at_s: float
 
 
-class NewVersion(NamedTuple):
-    """A block as a closed round leaves it, with its server optimizer's state."""
+class Closing(NamedTuple):
+    """What is noted when a round closes."""
 
-    block: Block
-    version: int
-    parameters: Vector
-    optimizer_state: OptimizerState
+    now_s: float
+    loss: float | None
+    num_late: int
+    has_next: bool = False
 
 
 class ServerState:
@@ -99,6 +116,10 @@ class ServerState:
         except sqlite3.Error as error:
             os.close(self._lock)
             raise StateError(f"cannot open {folder / 'state.sqlite'}: {error}") from error
+        except StateError:
+            os.close(self._lock)
+            raise
+        self.history = History(self._db)
 
     def close(self) -> None:
         """Lets another server open the folder."""
@@ -150,88 +171,158 @@ class ServerState:
         rows = self._db.execute("SELECT name, modalities FROM devices ORDER BY name")
         return {name: json.loads(modalities) for name, modalities in rows}
 
-    # Rounds and their journal
+    # Rounds and tasks
 
-    def open_round(
-        self, round_num: int, cohort: Mapping[str, frozenset[str]], now_s: float
-    ) -> None:
-        """Notes that a round is open, before its first task goes out."""
-        text = json.dumps({device: sorted(blocks) for device, blocks in cohort.items()})
-        self._db.execute(
-            "INSERT INTO rounds VALUES (?, ?, ?, NULL, NULL)", (round_num, text, now_s)
-        )
+    def open_round(self, round_num: int, cohort: Mapping[str, Assignment], now_s: float) -> None:
+        """Notes that a round is open, and who was asked, before the first task goes out."""
+        with self._transaction():
+            row = (round_num, now_s)
+            self._db.execute("INSERT INTO rounds VALUES (?, ?, NULL, NULL, NULL)", row)
+            self._insert_tasks(round_num, cohort, now_s)
+
+    def add_tasks(self, round_num: int, cohort: Mapping[str, Assignment], now_s: float) -> None:
+        """Notes who else was asked while a round was open, before the tasks go out."""
+        with self._transaction():
+            self._insert_tasks(round_num, cohort, now_s)
 
     def unclosed_round(self) -> OpenRound | None:
         """The round that was open when the server stopped, if any."""
-        query = "SELECT round_num, cohort, opened_at_s FROM rounds WHERE closed_at_s IS NULL"
+        query = "SELECT round_num, opened_at_s FROM rounds WHERE closed_at_s IS NULL"
         row = self._db.execute(query).fetchone()
-        if row is None:
-            return None
-        cohort = {device: frozenset(blocks) for device, blocks in json.loads(row[1]).items()}
-        return OpenRound(row[0], cohort, row[2])
+        return None if row is None else OpenRound(*row)
 
     def last_closed_round(self) -> int:
         """0 before the first."""
         query = "SELECT MAX(round_num) FROM rounds WHERE closed_at_s IS NOT NULL"
         return int(self._db.execute(query).fetchone()[0] or 0)
 
+    def newest_tasks(self, since: int) -> dict[str, Assignment]:
+        """By device, the newest of its tasks that went out in round ``since`` or later."""
+        rows = self._db.execute(f"SELECT * FROM {_NEWEST}", (since,))
+        return {name: Assignment(n, frozenset(json.loads(blocks))) for name, n, blocks in rows}
+
+    def candidates(self) -> dict[str, Candidate]:
+        """By device that was ever asked, its record."""
+        found: dict[str, Candidate] = {}
+        tasks = self._db.execute(
+            "SELECT device, COUNT(*), MAX(opened_in) FROM tasks GROUP BY device"
+        )
+        for device, num_tasks, last in tasks:
+            found[device] = Candidate(frozenset(), num_selected=num_tasks, last_round=last)
+        reports = self._db.execute(  # the columns are those of the newest report
+            "SELECT device, COUNT(*), MAX(round_num), loss, num_examples, "
+            "arrived_at_s - asked_at_s FROM reports JOIN tasks USING (device, round_num) "
+            "GROUP BY device"
+        )
+        for device, num_reports, _, loss, num_examples, duration_s in reports:
+            found[device] = replace(
+                found[device], num_reported=num_reports, loss=loss, num_examples=num_examples,
+                duration_s=duration_s,
+            )  # fmt: skip
+        return found
+
+    def step(
+        self,
+        round_num: int,
+        versions: Collection[NewVersion],
+        outcomes: Mapping[bytes, int],
+        closing: Closing | None,
+    ) -> None:
+        """Writes new block versions and notes which updates they are made of, all or nothing.
+
+        A crash in between leaves files that nothing refers to; the same step, taken again from
+        the journal, writes the same bytes.
+
+        Args:
+            round_num: The open one.
+            outcomes: By update_id of a journaled update: the version that it went into, or 0
+                where it was dropped.
+            closing: Closes the round with this step, and opens the next where it says so.
+        """
+        for new in versions:
+            write_version(self.folder, new)
+        with self._transaction():
+            for new in versions:
+                self._insert_version(new, round_num)
+            self._db.executemany(
+                "UPDATE updates SET delta = NULL, closed_in = ?, version = ? WHERE update_id = ?",
+                [(round_num, version, update_id) for update_id, version in outcomes.items()],
+            )
+            if closing is not None:
+                self._db.execute(
+                    "UPDATE rounds SET closed_at_s = ?, loss = ?, num_late = ? WHERE round_num = ?",
+                    (closing.now_s, closing.loss, closing.num_late, round_num),
+                )
+                if closing.has_next:
+                    row = (round_num + 1, closing.now_s)
+                    self._db.execute("INSERT INTO rounds VALUES (?, ?, NULL, NULL, NULL)", row)
+
+    def _insert_tasks(self, round_num: int, cohort: Mapping[str, Assignment], now_s: float) -> None:
+        self._db.executemany(
+            "INSERT INTO tasks VALUES (?, ?, ?, ?, ?)",
+            [
+                (device, asked.round_num, json.dumps(sorted(asked.blocks)), round_num, now_s)
+                for device, asked in cohort.items()
+            ],
+        )
+
+    # The journal
+
     def journal_update(self, update: BlockUpdate) -> None:
         """Makes an accepted update durable; its receipt may go out when this returns."""
         row = (update.update_id, update.round_num, update.device, update.block,
-               update.base_version, update.num_examples, to_bytes(update.delta))  # fmt: skip
-        self._db.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+               update.base_version, update.num_examples, to_bytes(update.delta),
+               norm_of(update.delta))  # fmt: skip
+        self._db.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", row)
 
     def has_update(self, update_id: bytes) -> bool:
         """Whether an update of whatever round was accepted under this id."""
         query = "SELECT 1 FROM updates WHERE update_id = ?"
         return self._db.execute(query, (update_id,)).fetchone() is not None
 
-    def journal_report(self, device: str, report: Report) -> None:
-        """Makes a report durable; the first of a device stands."""
+    def journal_report(self, device: str, report: Report, arrived_in: int, now_s: float) -> None:
+        """Makes a report durable; the first of a device's task stands."""
+        row = (device, report.round_num, report.update_id, report.num_examples, report.loss)
         self._db.execute(
-            "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?)",
-            (report.round_num, device, report.update_id, report.num_examples, report.loss),
+            "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, arrived_in, now_s)
         )
 
-    def journaled_updates(self, round_num: int, sizes: Mapping[str, int]) -> Iterator[BlockUpdate]:
-        """The accepted updates of an open round, in order of arrival."""
+    def unconsumed_updates(self, sizes: Mapping[str, int]) -> Iterator[BlockUpdate]:
+        """The accepted updates that no step has consumed, in order of arrival."""
         rows = self._db.execute(
-            "SELECT update_id, device, block, base_version, num_examples, delta FROM updates "
-            "WHERE round_num = ? ORDER BY rowid",
-            (round_num,),
+            "SELECT update_id, device, block, round_num, base_version, num_examples, delta "
+            "FROM updates WHERE closed_in IS NULL ORDER BY rowid"
         )
-        for update_id, device, block, base_version, num_examples, delta in rows:
+        for update_id, device, block, round_num, base_version, num_examples, delta in rows:
             vector = from_bytes(delta, sizes[block])
             yield BlockUpdate(
                 update_id, device, block, round_num, base_version, num_examples, vector
             )
 
-    def journaled_reports(self, round_num: int) -> dict[str, Report]:
-        """The reports of a round by device."""
+    def sent_updates(self, since: int) -> list[tuple[str, str, bytes]]:
+        """Device, block and update_id of the accepted updates of the `newest_tasks`."""
+        return self._db.execute(
+            "SELECT device, block, update_id FROM updates "
+            f"JOIN {_NEWEST} USING (device, round_num)",
+            (since,),
+        ).fetchall()
+
+    def journaled_reports(self, since: int) -> dict[str, Report]:
+        """By device, its report on its newest task, if there is one; as of `newest_tasks`."""
         rows = self._db.execute(
-            "SELECT device, update_id, num_examples, loss FROM reports WHERE round_num = ?",
+            "SELECT device, update_id, round_num, num_examples, loss FROM reports "
+            f"JOIN {_NEWEST} USING (device, round_num)",
+            (since,),
+        )
+        return {device: Report(*fields) for device, *fields in rows}
+
+    def reports_in(self, round_num: int) -> list[Report]:
+        """The reports that arrived while a round was open."""
+        rows = self._db.execute(
+            "SELECT update_id, round_num, num_examples, loss FROM reports WHERE arrived_in = ?",
             (round_num,),
         )
-        return {device: Report(i, round_num, n, loss) for device, i, n, loss in rows}
-
-    def close_round(
-        self, round_num: int, versions: list[NewVersion], loss: float | None, now_s: float
-    ) -> None:
-        """Writes the new block versions, then closes the round, all or nothing.
-
-        A crash in between leaves files that nothing refers to; the same round, closed again
-        from its journal, writes the same bytes.
-        """
-        for new in versions:
-            self._write_version(new)
-        with self._transaction():
-            for new in versions:
-                self._insert_version(new, round_num)
-            self._db.execute(
-                "UPDATE rounds SET closed_at_s = ?, loss = ? WHERE round_num = ?",
-                (now_s, loss, round_num),
-            )
-            self._db.execute("UPDATE updates SET delta = NULL WHERE round_num = ?", (round_num,))
+        return [Report(*row) for row in rows]
 
     # Blocks
 
@@ -239,7 +330,7 @@ class ServerState:
         """Version 1 of a block, unless it has one."""
         if block.name not in self.newest_versions():
             new = NewVersion(block, 1, parameters, {})
-            self._write_version(new)
+            write_version(self.folder, new)
             self._insert_version(new, 0)
 
     def newest_versions(self) -> dict[str, int]:
@@ -253,21 +344,11 @@ class ServerState:
         Raises:
             StateError: The file is missing or is not the one that was written.
         """
-        path = self._path(block.name, version)
+        path = version_path(self.folder, block.name, version)
         query = "SELECT sha256 FROM versions WHERE block = ? AND version = ?"
         row = self._db.execute(query, (block.name, version)).fetchone()
-        try:
-            tensors = load(path.read_bytes())
-            vector = np.concatenate([tensors[t.name].ravel() for t in block.tensors])
-        except Exception as error:  # safetensors raises its own and KeyError
-            raise StateError(f"cannot read {path}: {error}") from error
-        own = {tensor.name for tensor in block.tensors}
-        optimizer_state = {
-            name.removeprefix(_OPTIMIZER): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_OPTIMIZER) and name not in own
-        }
-        if row is None or _checksum(vector, optimizer_state) != row[0]:
+        vector, optimizer_state = read_version(path, block)
+        if row is None or checksum(vector, optimizer_state) != row[0]:
             raise StateError(f"{path} is damaged: its checksum is not the recorded one")
         return vector, optimizer_state
 
@@ -283,88 +364,9 @@ class ServerState:
                 [(*key, up, down) for key, (up, down) in counts.items()],
             )
 
-    # Reading back, for status pages
-
-    def rounds(self) -> list[dict[str, object]]:
-        """Every closed round: per block its version, holders, num_examples and bytes."""
-        rows = self._db.execute(
-            "SELECT round_num, opened_at_s, closed_at_s, loss, cohort FROM rounds "
-            "WHERE closed_at_s IS NOT NULL ORDER BY round_num"
-        ).fetchall()
-        return [
-            {
-                "round_num": round_num,
-                "cohort_size": len(json.loads(cohort)),
-                "duration_s": closed - opened,
-                "loss": loss,
-                "blocks": self._round_blocks(round_num),
-            }
-            for round_num, opened, closed, loss, cohort in rows
-        ]
-
-    def device_traffic(self) -> dict[str, dict[str, dict[str, int]]]:
-        """By device and block: bytes_up and bytes_down in all."""
-        result: dict[str, dict[str, dict[str, int]]] = {name: {} for name in self.devices()}
-        rows = self._db.execute(
-            "SELECT device, block, SUM(bytes_up), SUM(bytes_down) FROM traffic "
-            "GROUP BY device, block ORDER BY device, block"
-        )
-        for device, block, up, down in rows:
-            result.setdefault(device, {})[block] = {"bytes_up": up, "bytes_down": down}
-        return result
-
-    def totals(self) -> dict[str, int]:
-        """Accepted updates and bytes of block payloads, over all rounds."""
-        (accepted,) = self._db.execute("SELECT COUNT(*) FROM updates").fetchone()
-        query = "SELECT COALESCE(SUM(bytes_up), 0), COALESCE(SUM(bytes_down), 0) FROM traffic"
-        up, down = self._db.execute(query).fetchone()
-        return {"updates_accepted": accepted, "bytes_up": up, "bytes_down": down}
-
-    def _round_blocks(self, round_num: int) -> dict[str, dict[str, object]]:
-        blocks: dict[str, dict[str, object]] = {}
-        for block, version in self._db.execute(
-            "SELECT block, MAX(version) FROM versions WHERE round_num <= ? GROUP BY block",
-            (round_num,),
-        ).fetchall():
-            holders = self._db.execute(
-                "SELECT device, num_examples FROM updates WHERE round_num = ? AND block = ? "
-                "ORDER BY device",
-                (round_num, block),
-            ).fetchall()
-            up, down = self._db.execute(
-                "SELECT COALESCE(SUM(bytes_up), 0), COALESCE(SUM(bytes_down), 0) FROM traffic "
-                "WHERE round_num = ? AND block = ?",
-                (round_num, block),
-            ).fetchone()
-            blocks[block] = {
-                "version": version,
-                "holders": [device for device, _ in holders],
-                "num_examples": sum(n for _, n in holders),
-                "bytes_up": up,
-                "bytes_down": down,
-            }
-        return blocks
-
-    def _path(self, block: str, version: int) -> Path:
-        return self.folder / "blocks" / block / f"{version}.safetensors"
-
-    def _write_version(self, new: NewVersion) -> None:
-        path = self._path(new.block.name, new.version)
-        path.parent.mkdir(exist_ok=True)
-        tensors, start = {}, 0
-        for tensor in new.block.tensors:
-            part = new.parameters[start : start + tensor.size]
-            tensors[tensor.name] = part.reshape(tensor.shape)
-            start += tensor.size
-        tensors |= {_OPTIMIZER + name: array for name, array in new.optimizer_state.items()}
-        try:
-            write_atomic(path, save(tensors), mode=0o644)
-        except OSError as error:
-            raise StateError(f"cannot write {path}: {error}") from error
-
     def _insert_version(self, new: NewVersion, round_num: int) -> None:
-        checksum = _checksum(new.parameters, new.optimizer_state)
-        row = (new.block.name, new.version, checksum, round_num)
+        digest = checksum(new.parameters, new.optimizer_state)
+        row = (new.block.name, new.version, digest, round_num)
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", row)
 
     def _transaction(self) -> _Transaction:
@@ -377,11 +379,22 @@ def _open_database(path: Path) -> sqlite3.Connection:
         path.chmod(0o600)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
+        _check_format(db, path)
         db.executescript(_SCHEMA)
-    except sqlite3.Error:
+        db.execute(f"PRAGMA user_version={_FORMAT}")
+    except (sqlite3.Error, StateError):
         db.close()
         raise
     return db
+
+
+def _check_format(db: sqlite3.Connection, path: Path) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (num_tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if num_tables and version != _FORMAT:
+        raise StateError(
+            f"{path} has format {version}, this server reads {_FORMAT}; choose another --data-dir"
+        )
 
 
 class _Transaction:
@@ -393,13 +406,6 @@ class _Transaction:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
-
-
-def _checksum(parameters: Vector, optimizer_state: OptimizerState) -> str:
-    digest = hashlib.sha256(to_bytes(parameters))
-    for name, array in sorted(optimizer_state.items()):
-        digest.update(f"{name} {array.shape}".encode() + to_bytes(array))
-    return digest.hexdigest()
 
 
 def _digest(salt: bytes, password: str) -> bytes:

@@ -143,7 +143,7 @@ class WebApp:
     async def _enroll(self, request: web.Request) -> web.Response:
         try:
             wanted = read(EnrollRequest, await request.json(), "enrollment")
-            self._federation.blocks_of(wanted.modalities)
+            self._federation.shared.held_with(wanted.modalities)
         except (ValueError, RecursionError, ModelError) as error:
             raise web.HTTPBadRequest(text=str(error)) from error
         password = secrets.token_urlsafe(32)
@@ -186,13 +186,13 @@ class WebApp:
         return web.FileResponse(self._federation.config.artifacts / artifact.path)
 
     async def _versions(self, request: web.Request, device: str) -> web.Response:
-        return web.json_response(self._federation.versions)
+        return web.json_response(self._federation.shared.versions)
 
     async def _block(self, request: web.Request, device: str) -> web.Response:
         name, version = request.match_info["block"], int(request.match_info["version"])
         if device:
             self._check_holds(device, name)
-        body = self._federation.block_body(name, version)
+        body = self._federation.shared.body(name, version)
         if body is None:
             raise web.HTTPNotFound(text=f"no version {version} of a shared block {name!r}")
         if device:
@@ -225,26 +225,28 @@ class WebApp:
                 "cohort_size": len(current.cohort) if current else 0,
                 "num_reports": len(current.reports) if current else 0,
                 "devices_enrolled": len(self._state.devices()),
-                "devices_ready": len(federation.ready),
-                "shared_blocks": federation.versions,
+                "devices_ready": len(federation.roster.ready),
+                "shared_blocks": federation.shared.versions,
                 "private_blocks": federation.config.private_blocks,
                 "frozen_blocks": [b.name for b in federation.manifest.blocks if b.is_frozen],
+                "mode": federation.config.mode,
+                "updates_refused": dict(federation.refused),
                 "uptime_s": time.monotonic() - self._started_s,
-                **self._state.totals(),
+                **self._state.history.totals(),
             }
         )
 
     async def _rounds(self, request: web.Request) -> web.Response:
-        return web.json_response(self._state.rounds())
+        return web.json_response(self._state.history.rounds())
 
     async def _devices(self, request: web.Request) -> web.Response:
         self._federation.flush_traffic()
-        traffic = self._state.device_traffic()
+        traffic = self._state.history.device_traffic()
         return web.json_response(
             {
                 name: {
                     "modalities": modalities,
-                    "is_ready": name in self._federation.ready,
+                    "is_ready": name in self._federation.roster.ready,
                     "blocks": traffic[name],
                 }
                 for name, modalities in self._state.devices().items()
@@ -258,11 +260,11 @@ class WebApp:
         """What `/metrics` shows; called by prometheus_client."""
         federation = self._federation
         federation.flush_traffic()
-        totals = self._state.totals()
+        totals = self._state.history.totals()
         versions = GaugeMetricFamily(
             "petalfl_block_version", "Newest version of a shared block", labels=["block"]
         )
-        for block, version in federation.versions.items():
+        for block, version in federation.shared.versions.items():
             versions.add_metric([block], version)
         refused = CounterMetricFamily(
             "petalfl_refused_messages", "Messages refused, by reason", labels=["reason"]
@@ -282,7 +284,9 @@ class WebApp:
             accepted,
             traffic,
             GaugeMetricFamily("petalfl_round", "Open or last round", federation.round_num),
-            GaugeMetricFamily("petalfl_devices_ready", "Devices ready", len(federation.ready)),
+            GaugeMetricFamily(
+                "petalfl_devices_ready", "Devices ready", len(federation.roster.ready)
+            ),
             GaugeMetricFamily(
                 "petalfl_devices_enrolled", "Devices enrolled", len(self._state.devices())
             ),

@@ -138,7 +138,6 @@ def make_config(artifacts: Path, data_dir: Path, **changes: Any) -> Config:
         deadline_s=60.0,
         hyperparameters=Hyperparameters(0.1),
         schedule="constant",
-        server_momentum=0.0,
         seed=7,
     )
     return replace(plain, **changes)
@@ -400,7 +399,7 @@ class Run:
 
     def block(self, name: str) -> Vector:
         """The newest version of a shared block, as it is served."""
-        body = self.federation.block_body(name, self.federation.versions[name])
+        body = self.federation.shared.body(name, self.federation.shared.versions[name])
         assert body is not None
         return from_bytes(body, SIZES[name])
 

@@ -249,8 +249,8 @@ def test_the_defaults(artifacts: Path, tmp_path: Path, configured: list[Config])
             deadline_s=600.0,
             hyperparameters=Hyperparameters(0.05, 0.9, 1e-5, 16, 1),
             schedule="constant",
-            server_momentum=0.0,
             seed=0,
+            server_optimizer="momentum:0.0",
         )
     ]
 
@@ -288,8 +288,8 @@ def test_every_option_arrives(artifacts: Path, tmp_path: Path, configured: list[
                 proximal_mu=0.01,
             ),
             schedule="cosine",
-            server_momentum=0.5,
             seed=9,
+            server_optimizer="momentum:0.5",
         )
     ]
 

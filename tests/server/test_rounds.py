@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from petalfl.vectors import Vector, to_bytes
 from petalfl.wire import BlockUpdate
 from server.aggregators import weighted_mean
-from server.rounds import BlockResult, Round
-from tests.server.builders import LAYOUT, average, make_block, make_id, make_report, make_update
+from server.buffers import BlockResult
+from server.rounds import Assignment, Refusal, Round, mean_loss
+from server.weighting import capped
+from tests.server.builders import (
+    LAYOUT,
+    average,
+    make_block,
+    make_id,
+    make_report,
+    make_update,
+)
 
 ROUND = 4
 SIZES = {"encoder-acc": 6, "encoder-gyro": 3, "head": 8}
@@ -25,8 +34,11 @@ COHORT = {
 PAIRS = [(device, block) for device, blocks in COHORT.items() for block in sorted(blocks)]
 
 
-def new_round() -> Round:
-    return Round(ROUND, COHORT, BASE, BLOCKS, weighted_mean())
+def new_round(max_staleness: int = 0, **more: object) -> Round:
+    made = Round(ROUND, BASE, BLOCKS, weighted_mean(), max_staleness=max_staleness, **more)  # type: ignore[arg-type]
+    for device, blocks in COHORT.items():
+        made.assign(device, Assignment(ROUND, blocks), deadline_s=10.0)
+    return made
 
 
 def update(device: str, block: str, delta: object = 1.0, num_examples: int = 1) -> BlockUpdate:
@@ -41,20 +53,24 @@ def update(device: str, block: str, delta: object = 1.0, num_examples: int = 1) 
 
 
 def offer(target: Round, *updates: BlockUpdate) -> list[str]:
-    """What the federation does with arrivals; the reasons, empty for what counted."""
-    reasons = []
+    """What the federation does with arrivals; the kinds of refusal, empty for what counted."""
+    kinds: list[str] = []
     for one in updates:
-        reason = target.refuse(one)
-        reasons.append(reason)
-        if not reason:
+        refusal = target.refuse(one.device, one)
+        kinds.append(refusal.kind if refusal else "")
+        if refusal is None:
             target.add(one)
-    return reasons
+    return kinds
 
 
-def as_bytes(results: dict[str, BlockResult]) -> dict[str, object]:
+def results(target: Round) -> dict[str, BlockResult]:
+    return target.results(list(SIZES))
+
+
+def as_bytes(target: Round) -> dict[str, object]:
     return {
         block: (None if r.delta is None else to_bytes(r.delta), r.holders, r.num_examples)
-        for block, r in results.items()
+        for block, r in results(target).items()
     }
 
 
@@ -109,18 +125,17 @@ def test_any_arrival_order_gives_the_same_result(
     plain, disturbed = new_round(), new_round()
     assert offer(plain, *true) == [""] * len(true)
     offer(disturbed, *order)
-    assert as_bytes(disturbed.finalize()) == as_bytes(plain.finalize())
+    assert as_bytes(disturbed) == as_bytes(plain)
 
 
 @given(true_updates())
 def test_every_block_is_averaged_over_its_own_holders(true: list[BlockUpdate]) -> None:
     target = new_round()
     offer(target, *true)
-    results = target.finalize()
-    assert results.keys() == SIZES.keys()
-    for block, result in results.items():
+    for block, result in results(target).items():
         mine = [one for one in true if one.block == block]
         assert result.holders == tuple(sorted(one.device for one in mine))
+        assert set(result.update_ids) == {one.update_id for one in mine}
         assert result.num_examples == sum(one.num_examples for one in mine)
         if mine:
             assert result.delta is not None
@@ -137,125 +152,218 @@ def test_weights_by_hand() -> None:
         update("watch", "head", 4.0, 10),
         update("both", "encoder-gyro", 2.0, 30),
     )
-    results = target.finalize()
     # head: (30·1 + 10·4) / 40; the phone, which sent nothing, weighs nothing.
-    assert results["head"].delta is not None and results["encoder-gyro"].delta is not None
-    np.testing.assert_array_equal(results["head"].delta, np.full(8, 1.75, np.float32))
-    np.testing.assert_array_equal(results["encoder-gyro"].delta, np.full(3, 2, np.float32))
-    assert results["encoder-acc"] == BlockResult(None, (), 0)
+    np.testing.assert_array_equal(delta_of(target, "head"), np.full(8, 1.75, np.float32))
+    np.testing.assert_array_equal(delta_of(target, "encoder-gyro"), np.full(3, 2, np.float32))
+    assert results(target)["encoder-acc"] == BlockResult(None, (), 0, ())
+
+
+def test_another_weighting_and_a_norm_bound_by_hand() -> None:
+    target = new_round(weigh=capped(20), max_norm=2.0)
+    offer(target, update("both", "encoder-gyro", [3, 0, 0], 30))
+    offer(target, update("phone", "encoder-gyro", [0, 1, 0], 10))
+    # (20 · [2 0 0] + 10 · [0 1 0]) / 30
+    expected = np.array([4 / 3, 1 / 3, 0], np.float32)
+    np.testing.assert_allclose(delta_of(target, "encoder-gyro"), expected, rtol=1e-6)
 
 
 REFUSALS = {
     "closed round": (
         replace(update("watch", "head"), round_num=3),
-        "round 3 is closed, round 4 is open",
+        Refusal("late", "round 3 is closed, round 4 is open"),
     ),
     "not in the cohort": (
         replace(update("watch", "head"), device="nobody"),
-        "device nobody is not in the cohort of round 4",
+        Refusal("foreign", "device nobody is not in the cohort of round 4"),
+    ),
+    "late, and not in this cohort": (
+        replace(update("watch", "head"), device="nobody", round_num=3),
+        Refusal("late", "round 3 is closed, round 4 is open"),
     ),
     "block not held": (
         update("watch", "encoder-gyro"),
-        "device watch does not hold the shared block encoder-gyro",
+        Refusal("foreign", "device watch was not asked for the block encoder-gyro"),
     ),
     "unknown block": (
         replace(update("watch", "head"), block="else"),
-        "device watch does not hold the shared block else",
+        Refusal("foreign", "device watch was not asked for the block else"),
     ),
     "older base version": (
         replace(update("watch", "head"), base_version=2),
-        "block head: base version 2, expected 3",
+        Refusal("stale", "block head: base version 2, expected 3"),
     ),
     "newer base version": (
         replace(update("watch", "head"), base_version=4),
-        "block head: base version 4, expected 3",
+        Refusal("stale", "block head: base version 4, expected 3"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refusal_says_why_and_changes_nothing(case: str) -> None:
-    refused, reason = REFUSALS[case]
+    refused, refusal = REFUSALS[case]
     target = new_round()
-    before = as_bytes(target.finalize())
-    assert target.refuse(refused) == reason
-    assert not target.has(refused)
-    assert as_bytes(target.finalize()) == before
+    before = as_bytes(target)
+    assert target.refuse(refused.device, refused) == refusal
+    assert not target.has(refused.device, refused)
+    assert as_bytes(target) == before
 
 
 def test_a_second_update_of_the_same_device_and_block_is_refused() -> None:
     target = new_round()
     first = update("watch", "head", 1.0)
     second = replace(first, update_id=make_id("second"), delta=first.delta * 5)
-    reasons = offer(target, first, second)
-    assert reasons == ["", "device watch has sent another update of block head"]
-    assert not target.has(second)
+    assert offer(target, first, second) == ["", "duplicate"]
+    assert not target.has("watch", second)
     np.testing.assert_array_equal(delta_of(target, "head"), np.ones(8))
 
 
 def test_a_redelivery_is_known_and_not_refused_and_counts_once() -> None:
     target = new_round()
     first = update("watch", "head", 3.0, 10)
-    assert not target.has(first)
+    assert not target.has("watch", first)
     assert offer(target, first, first, first) == ["", "", ""]
-    assert target.has(first)
+    assert target.has("watch", first)
     offer(target, update("phone", "head", 0.0, 10))
     np.testing.assert_array_equal(delta_of(target, "head"), np.full(8, 1.5))
 
 
 def delta_of(target: Round, block: str) -> Vector:
-    delta = target.finalize()[block].delta
+    delta = results(target)[block].delta
     assert delta is not None
     return delta
 
 
-@given(st.permutations([*PAIRS, *((device, "report") for device in COHORT)]))
-def test_a_round_is_complete_when_all_reports_and_all_blocks_are_in(
-    order: list[tuple[str, str]],
+@given(st.permutations(list(COHORT)), st.integers(1, 3))
+def test_a_round_is_complete_when_enough_devices_have_reported(
+    order: list[str], num_enough: int
 ) -> None:
     target = new_round()
-    for device, what in order:
-        assert not target.is_complete
-        if what == "report":
-            target.report(device, make_report(device, round_num=ROUND))
-        else:
-            target.add(update(device, what))
-    assert target.is_complete
+    for number, device in enumerate(order):
+        assert target.is_complete(num_enough) == (number >= num_enough)
+        assert target.is_open(device)
+        target.report(device, make_report(device, round_num=ROUND))
+        assert not target.is_open(device)
+    assert target.is_complete(num_enough)
 
 
-def test_a_device_without_shared_blocks_completes_by_its_report() -> None:
-    target = Round(1, {"watch": frozenset()}, {}, {}, weighted_mean())
-    assert not target.is_complete
-    target.report("watch", make_report("watch"))
-    assert target.is_complete
-    assert target.finalize() == {}
+def test_nobody_waits_for_a_device_that_has_missed_its_deadline() -> None:
+    target = new_round()
+    target.report("watch", make_report("watch", round_num=ROUND))
+    assert target.deadline_s == 10.0
+    assert target.expire(9.9) == [] and not target.is_complete(3)
+    assert target.expire(10.0) == ["both", "phone"]
+    assert target.is_complete(3) and target.deadline_s is None
+    assert offer(target, update("phone", "head")) == [""], "it still counts while the round is open"
+
+
+def test_a_device_that_is_given_up_is_not_waited_for() -> None:
+    target = new_round()
+    for device in COHORT:
+        assert not target.is_complete(3)
+        target.give_up(device)
+    assert target.is_complete(3)
+
+
+def test_the_earliest_deadline_comes_first_whatever_was_assigned_again() -> None:
+    target = new_round()
+    target.assign("both", Assignment(ROUND + 1, COHORT["both"]), deadline_s=20.0)
+    assert target.deadline_s == 10.0
+    assert target.expire(15.0) == ["watch", "phone"]
+    assert target.deadline_s == 20.0
 
 
 def test_reports_of_other_rounds_and_devices_are_refused() -> None:
     target = new_round()
-    assert target.refuse_report("watch", make_report("watch", round_num=ROUND)) == ""
-    assert (
-        target.refuse_report("watch", make_report("watch", round_num=3))
-        == "round 3 is closed, round 4 is open"
-    )
-    assert (
-        target.refuse_report("nobody", make_report("nobody", round_num=ROUND))
-        == "device nobody is not in the cohort"
-    )
+    assert target.refuse_report("watch", make_report("watch", round_num=ROUND)) is None
+    late = target.refuse_report("watch", make_report("watch", round_num=3))
+    assert late == Refusal("late", "round 3 is closed, round 4 is open")
+    foreign = target.refuse_report("nobody", make_report("nobody", round_num=ROUND))
+    assert foreign == Refusal("foreign", "device nobody is not in the cohort of round 4")
     assert target.reports == {}
 
 
 def test_the_loss_is_weighted_by_examples_and_the_first_report_stands() -> None:
+    assert mean_loss([]) is None
     target = new_round()
-    assert target.loss is None
     target.report("both", make_report("both", round_num=ROUND, num_examples=30, loss=1.0))
     target.report("watch", make_report("watch", round_num=ROUND, num_examples=10, loss=3.0))
     target.report("watch", make_report("watch", round_num=ROUND, num_examples=99, loss=9.0))
-    assert target.loss == pytest.approx(1.5)  # (30·1 + 10·3) / 40
+    # (30·1 + 10·3) / 40
+    assert mean_loss(list(target.reports.values())) == pytest.approx(1.5)
 
 
-def test_a_round_keeps_its_own_cohort() -> None:
-    cohort = dict(COHORT)
-    target = Round(ROUND, cohort, BASE, BLOCKS, weighted_mean())
-    cohort.pop("watch")
-    assert target.refuse(update("watch", "head")) == ""
+# Asynchronously: blocks step one by one, devices are asked again
+
+
+def based_on(device: str, base_version: int, delta: object, round_num: int = ROUND) -> BlockUpdate:
+    made = update(device, "head", delta, 10)
+    return replace(made, base_version=base_version, round_num=round_num)
+
+
+def test_a_stale_update_weighs_less_by_hand() -> None:
+    target = new_round(max_staleness=3)
+    assert offer(target, based_on("both", 3, 4.0), based_on("watch", 3 - 3, 1.0)) == ["", ""]
+    # staleness 0 and 3: weights 10 and 10 / √4; (10·4 + 5·1) / 15
+    np.testing.assert_allclose(delta_of(target, "head"), np.full(8, 3.0), rtol=1e-6)
+    assert results(target)["head"].num_examples == 20
+
+
+def test_an_update_that_is_too_stale_or_from_the_future_is_refused() -> None:
+    target = new_round(max_staleness=1)
+    assert target.refuse("both", based_on("both", 1, 1.0)) == Refusal(
+        "stale",
+        "block head: base version 1 is too stale, the newest is 3 and at most 1 behind it count",
+    )
+    future = target.refuse("both", based_on("both", 4, 1.0))
+    assert future == Refusal("stale", "block head: base version 4, expected 3")
+    assert offer(target, based_on("both", 2, 1.0)) == [""]
+
+
+def test_a_step_empties_one_buffer_and_ages_what_is_under_way() -> None:
+    target = new_round(max_staleness=1)
+    offer(target, based_on("both", 3, 2.0), update("both", "encoder-gyro", 1.0))
+    assert target.full(lambda block: 1) == ["encoder-gyro", "head"]
+    assert target.full(lambda block: 2) == []
+    target.step("head", 4, weighted_mean())
+    assert target.full(lambda block: 1) == ["encoder-gyro"]
+    assert target.has("both", based_on("both", 3, 2.0)), "a redelivery is still known"
+    assert offer(target, based_on("both", 3, 2.0)) == [""]
+    assert results(target)["head"].delta is None, "and counts no second time"
+    offer(target, based_on("watch", 3, 4.0), based_on("phone", 4, 1.0))
+    weights = 10 / np.sqrt(2), 10
+    expected = (weights[0] * 4 + weights[1] * 1) / sum(weights)
+    np.testing.assert_allclose(delta_of(target, "head"), np.full(8, expected), rtol=1e-6)
+    target.step("head", 5, weighted_mean())
+    target.assign("both", Assignment(ROUND + 1, COHORT["both"]))
+    assert offer(target, based_on("both", 3, 1.0, ROUND + 1)) == ["stale"]
+
+
+def test_a_device_that_is_asked_again_may_send_again() -> None:
+    target = new_round(max_staleness=9)
+    first, second = based_on("both", 3, 1.0), based_on("both", 3, 3.0, ROUND + 1)
+    second = replace(second, update_id=make_id("second"))
+    assert offer(target, first, second) == ["", "late"]
+    target.report("both", make_report("both", round_num=ROUND))
+    target.assign("both", Assignment(ROUND + 1, COHORT["both"]))
+    assert target.is_open("both") and "both" not in target.reports
+    assert offer(target, first, second, second) == ["late", "", ""]
+    assert results(target)["head"].holders == ("both",)
+    np.testing.assert_array_equal(delta_of(target, "head"), np.full(8, 2.0))
+
+
+@given(st.permutations(range(6)), st.lists(st.integers(0, 5), max_size=6))
+def test_asynchronous_arrivals_in_any_order_with_duplicates_give_the_same_result(
+    order: list[int], again: list[int]
+) -> None:
+    sent = [
+        replace(based_on(device, 3 - age, age + 1.0, ROUND), update_id=make_id(device, age))
+        for device, age in zip(COHORT, (0, 1, 3), strict=True)
+    ] + [update(device, "encoder-gyro", 2.0) for device in ("both", "phone")]
+    plain, disturbed = new_round(max_staleness=3), new_round(max_staleness=3)
+    offer(plain, *sent)
+    offer(disturbed, *(sent[i % 5] for i in [*order, *again]))
+    for block in ("head", "encoder-gyro"):
+        np.testing.assert_allclose(delta_of(disturbed, block), delta_of(plain, block), rtol=1e-6)
+        left, right = results(disturbed)[block], results(plain)[block]
+        assert sorted(left.update_ids) == sorted(right.update_ids)

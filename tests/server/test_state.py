@@ -16,7 +16,9 @@ from safetensors.numpy import load_file
 from petalfl.model import Block
 from petalfl.vectors import Vector, to_bytes
 from petalfl.wire import BlockUpdate
-from server.state import NewVersion, OpenRound, ServerState, StateError
+from server.rounds import Assignment
+from server.selection import Candidate
+from server.state import Closing, NewVersion, OpenRound, ServerState, StateError
 from tests.server.builders import (
     INITIAL,
     LAYOUT,
@@ -29,7 +31,10 @@ from tests.server.builders import (
 )
 
 ROOT = Path(__file__).parents[2]
-COHORT = {"watch": frozenset({"encoder-acc", "head"}), "phone": frozenset({"head"})}
+COHORT = {
+    "watch": Assignment(1, frozenset({"encoder-acc", "head"})),
+    "phone": Assignment(1, frozenset({"head"})),
+}
 BLOCKS = {name: make_block(name, *layout)[0] for name, layout in LAYOUT.items()}
 HEAD = BLOCKS["head"]
 UPDATES = [
@@ -60,6 +65,13 @@ def open_round(state: ServerState, *updates: BlockUpdate) -> None:
         state.journal_update(update)
 
 
+def close_round(state: ServerState, versions: list[NewVersion]) -> None:
+    """Closes round 1; what went into no version is dropped."""
+    moved = {new.block.name: new.version for new in versions}
+    outcomes = {update.update_id: moved.get(update.block, 0) for update in UPDATES}
+    state.step(1, versions, outcomes, Closing(NOW_S + 3, 0.5, num_late=4))
+
+
 def next_versions() -> list[NewVersion]:
     """What round 1 leaves: two blocks have moved, with their momentum."""
     rng = np.random.default_rng(5)
@@ -87,9 +99,10 @@ def same(left: BlockUpdate, right: BlockUpdate) -> bool:
 
 def assert_round_is_open(state: ServerState) -> None:
     """Round 1 stands as `open_round` with `UPDATES` left it."""
-    assert state.unclosed_round() == OpenRound(1, COHORT, NOW_S)
+    assert state.unclosed_round() == OpenRound(1, NOW_S)
+    assert state.newest_tasks(1) == COHORT
     assert state.last_closed_round() == 0
-    found = list(state.journaled_updates(1, SIZES))
+    found = list(state.unconsumed_updates(SIZES))
     assert len(found) == len(UPDATES) and all(map(same, found, UPDATES))
     assert state.newest_versions() == dict.fromkeys(BLOCKS, 1)
 
@@ -100,12 +113,12 @@ def assert_round_is_open(state: ServerState) -> None:
 def test_a_copy_of_the_open_files_holds_the_journal(state: ServerState, tmp_path: Path) -> None:
     """What is on the disk while the server runs is what a crash leaves."""
     open_round(state, *UPDATES)
-    state.journal_report("watch", make_report("watch", num_examples=3, loss=0.25))
+    state.journal_report("watch", make_report("watch", num_examples=3, loss=0.25), 1, NOW_S)
     shutil.copytree(state.folder, tmp_path / "copy")
     copy = ServerState(tmp_path / "copy")
     assert_round_is_open(copy)
     expected = make_report("watch", num_examples=3, loss=0.25)
-    assert copy.journaled_reports(1) == {"watch": expected}
+    assert copy.journaled_reports(0) == {"watch": expected}
     copy.close()
 
 
@@ -139,15 +152,14 @@ def test_updates_come_back_in_order_of_arrival_and_bit_for_bit(state: ServerStat
     odd = np.array([0.1, -0.0, 1e-42, 3.4e38, -1e-7, np.pi, 1, -1], np.float32)
     updates = [make_update("watch", "head", odd), *UPDATES[1:]]
     open_round(state, *reversed(updates))
-    assert all(map(same, state.journaled_updates(1, SIZES), reversed(updates)))
-    assert list(state.journaled_updates(2, SIZES)) == []
+    assert all(map(same, state.unconsumed_updates(SIZES), reversed(updates)))
 
 
 def test_the_first_report_of_a_device_stands(state: ServerState) -> None:
     open_round(state)
-    state.journal_report("watch", make_report("watch", loss=0.25))
-    state.journal_report("watch", make_report("watch", loss=9.0))
-    assert state.journaled_reports(1) == {"watch": make_report("watch", loss=0.25)}
+    state.journal_report("watch", make_report("watch", loss=0.25), 1, NOW_S)
+    state.journal_report("watch", make_report("watch", loss=9.0), 1, NOW_S)
+    assert state.journaled_reports(0) == {"watch": make_report("watch", loss=0.25)}
     assert state.journaled_reports(2) == {}
 
 
@@ -173,7 +185,7 @@ FAULTS = {
 def test_a_round_is_closed_entirely_or_not_at_all(folder: Path, tmp_path: Path, fault: str) -> None:
     undisturbed = ServerState(tmp_path / "undisturbed")
     open_round(undisturbed, *UPDATES)
-    undisturbed.close_round(1, next_versions(), 0.5, NOW_S + 3)
+    close_round(undisturbed, next_versions())
     undisturbed.close()
 
     failing = ServerState(folder)
@@ -185,7 +197,7 @@ def test_a_round_is_closed_entirely_or_not_at_all(folder: Path, tmp_path: Path, 
     other.close()
     failing = ServerState(folder)
     with pytest.raises(sqlite3.Error, match="fault"):
-        failing.close_round(1, next_versions(), 0.5, NOW_S + 3)
+        close_round(failing, next_versions())
     failing.close()
     with sqlite3.connect(folder / "state.sqlite") as other:
         other.execute("DROP TRIGGER fault")
@@ -194,7 +206,7 @@ def test_a_round_is_closed_entirely_or_not_at_all(folder: Path, tmp_path: Path, 
     state = ServerState(folder)
     assert_round_is_open(state)
     np.testing.assert_array_equal(state.read_version(HEAD, 1)[0], INITIAL["head"])
-    state.close_round(1, next_versions(), 0.5, NOW_S + 3)
+    close_round(state, next_versions())
     assert block_files(folder) == block_files(tmp_path / "undisturbed")
     assert state.unclosed_round() is None
     state.close()
@@ -204,14 +216,14 @@ def test_a_fault_while_the_files_are_written_leaves_the_round_open(state: Server
     open_round(state, *UPDATES)
     (path_of(state, "head", 2).with_suffix(".safetensors.tmp")).mkdir()  # the second of two
     with pytest.raises(StateError, match=r"cannot write .*head/2\.safetensors"):
-        state.close_round(1, next_versions(), 0.5, NOW_S)
+        close_round(state, next_versions())
     assert_round_is_open(state)
 
 
 def test_a_closed_round_has_its_versions_and_no_deltas(state: ServerState) -> None:
     open_round(state, *UPDATES)
     new = next_versions()
-    state.close_round(1, new, 0.5, NOW_S + 3)
+    close_round(state, new)
     assert state.unclosed_round() is None
     assert state.last_closed_round() == 1
     assert state.newest_versions() == {**dict.fromkeys(BLOCKS, 1), "encoder-acc": 2, "head": 2}
@@ -228,22 +240,41 @@ def test_a_closed_round_has_its_versions_and_no_deltas(state: ServerState) -> No
 
 def test_the_rounds_read_back(state: ServerState) -> None:
     open_round(state, *UPDATES)
+    state.journal_report("watch", make_report("watch"), 1, NOW_S + 2)
     state.add_traffic({(1, "watch", "head"): (10, 20), (1, "phone", "head"): (1, 2)})
-    state.close_round(1, next_versions(), 0.5, NOW_S + 3)
-    state.open_round(2, COHORT, NOW_S + 4)  # not closed: not listed
-    quiet = {"holders": [], "num_examples": 0, "bytes_up": 0, "bytes_down": 0}
-    assert state.rounds() == [
+    close_round(state, next_versions())
+    state.open_round(2, {}, NOW_S + 4)  # not closed: not listed
+    quiet = {
+        "num_asked": 0,
+        "holders": [],
+        "num_examples": 0,
+        "num_dropped": 0,
+        "outliers": [],
+        "bytes_up": 0,
+        "bytes_down": 0,
+    }
+    assert state.history.rounds() == [
         {
             "round_num": 1,
             "cohort_size": 2,
+            "num_reports": 1,
+            "num_late": 4,
             "duration_s": 3.0,
             "loss": 0.5,
             "blocks": {
-                "encoder-acc": {**quiet, "version": 2, "holders": ["watch"], "num_examples": 3},
+                "encoder-acc": {
+                    **quiet,
+                    "version": 2,
+                    "num_asked": 1,
+                    "holders": ["watch"],
+                    "num_examples": 3,
+                },
                 "encoder-gyro": {**quiet, "version": 1},
                 "fusion": {**quiet, "version": 1},
                 "head": {
+                    **quiet,
                     "version": 2,
+                    "num_asked": 2,
                     "holders": ["phone", "watch"],
                     "num_examples": 8,
                     "bytes_up": 11,
@@ -252,7 +283,84 @@ def test_the_rounds_read_back(state: ServerState) -> None:
             },
         }
     ]
-    assert state.totals() == {"updates_accepted": 3, "bytes_up": 11, "bytes_down": 22}
+    assert state.history.totals() == {
+        "updates_accepted": 3,
+        "updates_dropped": 0,
+        "bytes_up": 11,
+        "bytes_down": 22,
+    }
+
+
+def test_what_is_dropped_and_what_stands_out_is_said(state: ServerState) -> None:
+    """A block without a new version in the step has dropped its updates."""
+    for block in BLOCKS.values():
+        state.add_initial_version(block, INITIAL[block.name])
+    lengths = {"a": 1.0, "b": 1.5, "c": 40.0}
+    held = frozenset({"head", "fusion"})
+    state.open_round(1, {name: Assignment(1, held) for name in lengths}, NOW_S)
+    updates = [make_update(d, "head", x) for d, x in lengths.items()]
+    updates.append(make_update("a", "fusion", 1.0))
+    for update in updates:
+        state.journal_update(update)
+    outcomes = {update.update_id: 2 * (update.block == "head") for update in updates}
+    moved = NewVersion(HEAD, 2, INITIAL["head"] + 1, {})
+    state.step(1, [moved], outcomes, Closing(NOW_S + 1, None, num_late=0))
+    [closed] = state.history.rounds()
+    head, fusion = closed["blocks"]["head"], closed["blocks"]["fusion"]
+    assert (head["holders"], head["num_asked"], head["num_dropped"]) == (["a", "b", "c"], 3, 0)
+    [outlier] = head["outliers"]
+    assert outlier["device"] == "c"
+    assert outlier["norm"] / outlier["median_norm"] == pytest.approx(40 / 1.5)
+    assert (fusion["version"], fusion["holders"], fusion["num_dropped"]) == (1, [], 1)
+    assert state.history.totals()["updates_dropped"] == 1
+    assert list(state.unconsumed_updates(SIZES)) == []
+
+
+def test_a_step_may_leave_the_round_open_or_open_the_next(state: ServerState) -> None:
+    open_round(state, *UPDATES)
+    head = [new for new in next_versions() if new.block is HEAD]
+    state.step(1, head, {UPDATES[0].update_id: 2, UPDATES[2].update_id: 2}, None)
+    assert state.unclosed_round() == OpenRound(1, NOW_S)
+    [left] = state.unconsumed_updates(SIZES)
+    assert same(left, UPDATES[1])
+    assert ("watch", "head", UPDATES[0].update_id) in state.sent_updates(0), "also the consumed"
+    state.step(1, [], {}, Closing(NOW_S + 1, None, num_late=0, has_next=True))
+    assert state.unclosed_round() == OpenRound(2, NOW_S + 1)
+    assert len(list(state.unconsumed_updates(SIZES))) == 1
+
+
+def test_the_newest_task_of_each_device(state: ServerState) -> None:
+    open_round(state, *UPDATES)
+    state.journal_report("watch", make_report("watch"), 1, NOW_S)
+    again = {"watch": Assignment(2, frozenset({"head"}))}
+    state.add_tasks(1, again, NOW_S)
+    assert state.newest_tasks(0) == {**COHORT, **again}
+    assert state.newest_tasks(2) == {}
+    assert state.sent_updates(0) == [("phone", "head", UPDATES[2].update_id)]
+    assert state.journaled_reports(0) == {}
+
+
+def test_a_device_s_record_reads_back(state: ServerState) -> None:
+    open_round(state)
+    state.journal_report("watch", make_report("watch", num_examples=3, loss=0.5), 1, NOW_S + 7)
+    state.add_tasks(4, {"watch": Assignment(4, frozenset())}, NOW_S + 9)
+    assert state.candidates() == {
+        "phone": Candidate(frozenset(), num_selected=1, last_round=1),
+        "watch": Candidate(
+            frozenset(), num_selected=2, num_reported=1, last_round=4, loss=0.5, num_examples=3,
+            duration_s=7.0,
+        ),
+    }  # fmt: skip
+
+
+def test_a_folder_of_another_format_is_refused(folder: Path) -> None:
+    ServerState(folder).close()
+    with sqlite3.connect(folder / "state.sqlite") as other:
+        other.execute("PRAGMA user_version=1")
+    other.close()
+    for _ in range(2):  # and its lock is free again
+        with pytest.raises(StateError, match="has format 1, this server reads 2"):
+            ServerState(folder)
 
 
 # Block versions
@@ -285,7 +393,7 @@ def test_a_scalar_is_stored_as_a_scalar(state: ServerState) -> None:
 
 def test_the_optimizer_state_lies_beside_the_parameters(state: ServerState) -> None:
     open_round(state)
-    state.close_round(1, next_versions(), None, NOW_S)
+    close_round(state, next_versions())
     tensors = load_file(path_of(state, "head", 2))
     assert tensors.keys() == {*LAYOUT["head"][2], "optimizer.velocity"}
 
@@ -325,7 +433,7 @@ def test_a_damaged_version_is_detected(state: ServerState, damage: str) -> None:
 
 def test_a_missing_or_foreign_version_is_detected(state: ServerState) -> None:
     open_round(state)
-    state.close_round(1, next_versions(), None, NOW_S)
+    close_round(state, next_versions())
     shutil.copy(path_of(state, "head", 2), path_of(state, "head", 1))
     with pytest.raises(StateError, match="damaged"):
         state.read_version(HEAD, 1)
@@ -340,7 +448,7 @@ def test_a_missing_or_foreign_version_is_detected(state: ServerState) -> None:
 def test_a_damaged_optimizer_state_is_detected(state: ServerState) -> None:
     open_round(state)
     new = next_versions()
-    state.close_round(1, new, None, NOW_S)
+    close_round(state, new)
     path = path_of(state, "head", 2)
     path.write_bytes(flip(path.read_bytes(), offset_of(path, new[1].optimizer_state["velocity"])))
     with pytest.raises(StateError):
@@ -431,7 +539,7 @@ def test_traffic_adds_up(state: ServerState) -> None:
     state.add_traffic({(1, "watch", "head"): (5, 2), (2, "watch", "head"): (100, 200)})
     state.add_traffic({(2, "phone", "head"): (0, 3)})
     state.add_traffic({})
-    assert state.device_traffic() == {
+    assert state.history.device_traffic() == {
         "quiet": {},
         "watch": {
             "head": {"bytes_up": 115, "bytes_down": 203},
@@ -439,4 +547,5 @@ def test_traffic_adds_up(state: ServerState) -> None:
         },
         "phone": {"head": {"bytes_up": 0, "bytes_down": 3}},
     }
-    assert state.totals() == {"updates_accepted": 0, "bytes_up": 122, "bytes_down": 206}
+    totals = state.history.totals()
+    assert (totals["bytes_up"], totals["bytes_down"]) == (122, 206)

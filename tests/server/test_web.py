@@ -444,7 +444,10 @@ async def test_the_status_follows_the_rounds(tmp_path: Path) -> None:
             "shared_blocks": {"encoder-acc": 1, "encoder-gyro": 1, "fusion": 1},
             "private_blocks": ["head"],
             "frozen_blocks": [],
+            "mode": "sync",
             "updates_accepted": 0,
+            "updates_dropped": 0,
+            "updates_refused": {},
             "bytes_up": 0,
             "bytes_down": 0,
         }
@@ -475,10 +478,13 @@ async def test_rounds_and_devices(served: Served) -> None:
     served.run.federation.on_bytes_up("watch", "head", 123)
     await served.run.finish_round(1)
     [closed] = await served.json(f"{ROOT}/rounds", OPERATOR)
-    assert closed.keys() == {"round_num", "cohort_size", "duration_s", "loss", "blocks"}
+    assert closed.keys() == {
+        "round_num", "cohort_size", "num_reports", "num_late", "duration_s", "loss", "blocks"
+    }  # fmt: skip
     assert (closed["round_num"], closed["cohort_size"], closed["loss"]) == (1, 1, 0.5)
     assert closed["blocks"]["head"] == {
-        "version": 2, "holders": ["watch"], "num_examples": 1, "bytes_up": 123, "bytes_down": 0
+        "version": 2, "num_asked": 1, "holders": ["watch"], "num_examples": 1, "num_dropped": 0,
+        "outliers": [], "bytes_up": 123, "bytes_down": 0,
     }  # fmt: skip
     devices = await served.json(f"{ROOT}/devices", OPERATOR)
     assert devices == {

@@ -1,0 +1,109 @@
+"""The shared blocks of a federation and their newest versions, as they are served."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from petalfl.model import Block, ModelManifest, read_artifact
+from petalfl.vectors import Vector, from_bytes, to_bytes
+from petalfl.wire import BlockVersion
+
+from .optimizers import ServerOptimizer, step
+from .state import NewVersion, ServerState
+
+log = logging.getLogger("petalfl.server")
+
+
+class SharedBlocks:
+    """Starts from the newest versions in the state, or from the artifacts' initial values.
+
+    Attributes:
+        blocks: Those that are neither private nor frozen, by name.
+        pointers: Their newest versions.
+
+    Raises:
+        ModelError: An artifact is damaged.
+        StateError: A version is.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        manifest: ModelManifest,
+        artifacts: Path,
+        private_blocks: Collection[str],
+    ) -> None:
+        self.blocks: dict[str, Block] = {
+            block.name: block
+            for block in manifest.blocks
+            if not block.is_frozen and block.name not in private_blocks
+        }
+        self.pointers: dict[str, BlockVersion] = {}
+        self._bodies: dict[str, bytes] = {}
+        self._manifest = manifest
+        self._state = state
+        for name, block in self.blocks.items():
+            initial = read_artifact(artifacts, block.artifacts.parameters)
+            state.add_initial_version(block, from_bytes(initial, block.size))
+            version = state.newest_versions()[name]
+            self._install(name, version, state.read_version(block, version)[0])
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """By name, the newest version."""
+        return {name: pointer.version for name, pointer in self.pointers.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By name, the floats of its vector."""
+        return {name: block.size for name, block in self.blocks.items()}
+
+    def held_with(
+        self, modalities: Collection[str], tasks: Collection[str] | None = None
+    ) -> frozenset[str]:
+        """The shared blocks of a device; arguments and errors as of `ModelManifest.blocks_for`."""
+        held = {block.name for block in self._manifest.blocks_for(modalities, tasks)}
+        return frozenset(held & self.blocks.keys())
+
+    def pointers_of(self, names: Collection[str]) -> dict[str, BlockVersion]:
+        """The newest versions of some blocks, sorted by name."""
+        return {name: self.pointers[name] for name in sorted(names)}
+
+    def body(self, name: str, version: int) -> bytes | None:
+        """A version's float32 vector as bytes; None where there is none such."""
+        if name not in self.blocks:
+            return None
+        newest = self.pointers[name].version
+        if version == newest:
+            return self._bodies[name]
+        if not 1 <= version < newest:
+            return None
+        return to_bytes(self._state.read_version(self.blocks[name], version)[0])
+
+    def next_version(
+        self, name: str, delta: Vector, optimizer: ServerOptimizer
+    ) -> NewVersion | None:
+        """What an optimizer makes of a block; None where that would not be finite."""
+        block, version = self.blocks[name], self.pointers[name].version
+        parameters, state = self._state.read_version(block, version)
+        with np.errstate(over="ignore", invalid="ignore"):
+            parameters, state = step(optimizer, block, parameters, delta, state)
+        if not all(np.isfinite(array).all() for array in (parameters, *state.values())):
+            log.error("block %s keeps version %d: the next would not be finite", name, version)
+            return None
+        return NewVersion(block, version + 1, parameters, state)
+
+    def install(self, new: NewVersion) -> BlockVersion:
+        """Serves a version that the state has from now on."""
+        return self._install(new.block.name, new.version, new.parameters)
+
+    def _install(self, name: str, version: int, parameters: Vector) -> BlockVersion:
+        body = to_bytes(parameters)
+        pointer = BlockVersion(version, hashlib.sha256(body).hexdigest())
+        self._bodies[name], self.pointers[name] = body, pointer
+        return pointer

@@ -1,0 +1,85 @@
+"""Block versions as files: one safetensors each, which PyTorch users can open."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from petalfl.errors import PetalError
+from petalfl.files import write_atomic
+from petalfl.model import Block
+from petalfl.vectors import Vector, to_bytes
+
+from .optimizers import OptimizerState
+
+_OPTIMIZER = "optimizer."  # before the names of its state, which lie beside the parameters
+
+
+class StateError(PetalError):
+    """A data folder that is in use, belongs to another federation or cannot be written."""
+
+
+class NewVersion(NamedTuple):
+    """A block as a step leaves it, with its server optimizer's state."""
+
+    block: Block
+    version: int
+    parameters: Vector
+    optimizer_state: OptimizerState
+
+
+def version_path(folder: Path, block: str, version: int) -> Path:
+    """Where a version lies in a data folder."""
+    return folder / "blocks" / block / f"{version}.safetensors"
+
+
+def write_version(folder: Path, new: NewVersion) -> None:
+    """Writes a version's file, as a whole or not at all.
+
+    Raises:
+        StateError: The disk refused.
+    """
+    path = version_path(folder, new.block.name, new.version)
+    tensors, start = {}, 0
+    for tensor in new.block.tensors:
+        part = new.parameters[start : start + tensor.size]
+        tensors[tensor.name] = part.reshape(tensor.shape)
+        start += tensor.size
+    tensors |= {_OPTIMIZER + name: array for name, array in new.optimizer_state.items()}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, save(tensors), mode=0o644)
+    except OSError as error:
+        raise StateError(f"cannot write {path}: {error}") from error
+
+
+def read_version(path: Path, block: Block) -> tuple[Vector, OptimizerState]:
+    """The vector ``(size,)`` and optimizer state (empty before the block's first step).
+
+    Raises:
+        StateError: The file is missing or is no version of this block.
+    """
+    try:
+        tensors = load(path.read_bytes())
+        vector = np.concatenate([tensors[t.name].ravel() for t in block.tensors])
+    except Exception as error:  # safetensors raises its own and KeyError
+        raise StateError(f"cannot read {path}: {error}") from error
+    own = {tensor.name for tensor in block.tensors}
+    optimizer_state = {
+        name.removeprefix(_OPTIMIZER): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_OPTIMIZER) and name not in own
+    }
+    return vector, optimizer_state
+
+
+def checksum(parameters: Vector, optimizer_state: OptimizerState) -> str:
+    """The sha256 of a version's contents, whatever the file format makes of them."""
+    digest = hashlib.sha256(to_bytes(parameters))
+    for name, array in sorted(optimizer_state.items()):
+        digest.update(f"{name} {array.shape}".encode() + to_bytes(array))
+    return digest.hexdigest()
