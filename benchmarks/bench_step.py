@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -19,9 +18,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -33,6 +29,7 @@ from benchmarks.contenders.case import SEED, Case
 from benchmarks.contenders.pytorch import build
 from benchmarks.contenders.worker import Readiness
 from benchmarks.step_profile import profile
+from benchmarks.step_report import CONTENDERS, Row, report
 from export import BlockModel, export_model
 from petalfl.model import Block, ModelManifest
 
@@ -43,56 +40,9 @@ MODELS = {
     "text_audio": "export.models.text_audio:emotion",
     "projector": "export.models.projector:projector",
 }
-CONTENDERS = {"pytorch": "PyTorch eager", "petalfl_sdk": "petalfl", "composed": "ORT composed"}
-NOTES = """\
-One thread, all modalities, training mode, random data, the batch taken from memory by index; times
-are of one step (median, p10-p90). PyTorch eager and petalfl: SGD with momentum 0.9 and weight decay
-1e-5. ORT composed: onnxruntime-training's generate_artifacts on the whole model, with its AdamW:
-it has no SGD with momentum. Start: from libraries imported to the first step done. Memory: resident
-peak of a process that takes 20 steps and does nothing else; "over imports" is that less what
-interpreter and libraries take (petalfl and ORT composed without torch). Disk: petalfl: manifest,
-the blocks' graphs and parameters, the SGD graph; PyTorch: the state_dict alone, no code; ORT
-composed: training, evaluation and optimizer graph, checkpoint. Ratios are to PyTorch."""
-
-
+ROOT = Path(__file__).parents[1]
+STOCK_PYTHON = ROOT / ".venv-stock" / "bin" / "python"  # of `make stock`
 Remarks: TypeAlias = Mapping[str, str | None]  # ``refused`` and ``note``, as in a row
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One contender on one model at one batch size.
-
-    Attributes:
-        contender: A key of `CONTENDERS`.
-        refused: Why there are no figures, or None.
-        note: What is not as with the others, or None.
-        median_s: Of the time of a step, as are ``p10_s`` and ``p90_s``.
-        num_steps: That these are of.
-        time_ratio: PyTorch's median is 1.
-        start_s: From libraries imported to the first step done.
-        imports_bytes: Resident after the libraries were imported.
-        peak_bytes: The most that was resident.
-        memory_ratio: PyTorch's peak is 1.
-        growth_ratio: Of the peak less the imports; PyTorch's is 1.
-        disk_bytes: What a device stores, but for libraries and code.
-    """
-
-    model: str
-    batch: int
-    contender: str
-    refused: str | None = None
-    note: str | None = None
-    median_s: float | None = None
-    p10_s: float | None = None
-    p90_s: float | None = None
-    num_steps: int | None = None
-    time_ratio: float | None = None
-    start_s: float | None = None
-    imports_bytes: int | None = None
-    peak_bytes: int | None = None
-    memory_ratio: float | None = None
-    growth_ratio: float | None = None
-    disk_bytes: int | None = None
 
 
 class RefusedError(Exception):
@@ -110,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             for batch in options.batch:
                 case = Case(Path(folder), factory, batch)
                 _say(f"{name}, batch {batch}: {options.repeats} rounds of steps")
-                found = measure(name, case, options.repeats, remarks)
+                found = measure(name, case, options.repeats, remarks, options.stock_python)
                 rows += found
                 if options.json:
                     for row in found:
@@ -134,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
                         default=[16, 32], help="batch sizes, default 16,32")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=50, metavar="N",
                         help="timed steps of each contender, default 50")  # fmt: skip
+    parser.add_argument("--stock-python", type=Path, default=STOCK_PYTHON, metavar="PATH",
+                        help="the Python of an environment with stock onnxruntime, numpy, msgpack "
+                        "and paho-mqtt; default .venv-stock/bin/python, which `make stock` "
+                        "makes")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--profile", action="store_true",
@@ -191,14 +145,19 @@ def _compose(case: Case) -> Remarks:
     return cast(Remarks, json.loads(process.stdout.splitlines()[-1]))
 
 
-def measure(name: str, case: Case, repeats: int, remarks: Mapping[str, Remarks]) -> list[Row]:
+def measure(
+    name: str, case: Case, repeats: int, remarks: Mapping[str, Remarks], stock_python: Path
+) -> list[Row]:
     """A row for each contender: started one by one, then timed in turns.
 
     Args:
         name: The model's, for the rows.
         repeats: Timed steps of each.
         remarks: By contender: ``refused`` and ``note`` of its row, if there is something to say.
+        stock_python: The interpreter of ``petalfl_stock``.
     """
+    pythons = {c: stock_python if c == "petalfl_stock" else Path(sys.executable)
+               for c in CONTENDERS}  # fmt: skip
     blank = {
         c: Row(name, case.batch_size, c, remarks.get(c, {}).get("refused"),
                remarks.get(c, {}).get("note"))
@@ -209,7 +168,9 @@ def measure(name: str, case: Case, repeats: int, remarks: Mapping[str, Remarks])
         for contender, row in blank.items():
             if row.refused is None:
                 try:
-                    workers[contender] = stack.enter_context(_worker(contender, case))
+                    workers[contender] = stack.enter_context(
+                        _worker(contender, case, pythons[contender])
+                    )
                 except RefusedError as error:
                     blank[contender] = dataclasses.replace(row, refused=str(error))
         times: dict[str, list[float]] = {contender: [] for contender in workers}
@@ -222,7 +183,7 @@ def measure(name: str, case: Case, repeats: int, remarks: Mapping[str, Remarks])
         )
         for contender, worker in workers.items()
     }
-    return [_with_ratios(row, rows["pytorch"]) for row in rows.values()]
+    return [_with_ratios(row, rows["pytorch"], rows["composed"]) for row in rows.values()]
 
 
 class Worker:
@@ -255,10 +216,13 @@ class Worker:
 
 
 @contextmanager
-def _worker(contender: str, case: Case) -> Iterator[Worker]:
+def _worker(contender: str, case: Case, python: Path) -> Iterator[Worker]:
+    if not python.exists():
+        raise RefusedError(f"no Python at {python}; make one with: make stock")
+    module = contender.replace("petalfl_stock", "petalfl_sdk")
     command = [
-        sys.executable, "-m", "benchmarks.contenders.worker",
-        contender, str(case.folder), case.factory, str(case.batch_size),
+        str(python), "-m", "benchmarks.contenders.worker",
+        module, str(case.folder), case.factory, str(case.batch_size),
     ]  # fmt: skip
     with subprocess.Popen(
         command,
@@ -266,7 +230,8 @@ def _worker(contender: str, case: Case) -> Iterator[Worker]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "sdk")},
+        cwd=ROOT,
     ) as process:
         yield Worker(process)
 
@@ -300,96 +265,18 @@ def _filled(row: Row, times: Sequence[float], readiness: Readiness, disk_bytes: 
     )
 
 
-def _with_ratios(row: Row, reference: Row) -> Row:
+def _with_ratios(row: Row, reference: Row, composed: Row) -> Row:
     return dataclasses.replace(
         row,
         time_ratio=_ratio(row.median_s, reference.median_s),
+        composed_ratio=_ratio(row.median_s, composed.median_s),
         memory_ratio=_ratio(row.peak_bytes, reference.peak_bytes),
-        growth_ratio=_ratio(_growth(row), _growth(reference)),
+        growth_ratio=_ratio(row.growth_bytes, reference.growth_bytes),
     )
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return value / reference if value is not None and reference else None
-
-
-def _growth(row: Row) -> int | None:
-    if row.peak_bytes is None or row.imports_bytes is None:
-        return None
-    return row.peak_bytes - row.imports_bytes
-
-
-HEADER = ("model", "batch", "", "step ms", "p10-p90", "time", "start s", "peak MB", "memory",
-          "over imports MB", "ratio", "disk MB")  # fmt: skip
-
-
-def report(rows: Sequence[Row], *, is_markdown: bool) -> str:
-    """The table, what it counts, and the machine."""
-    cells = [HEADER, *(_cells(row) for row in rows)]
-    if is_markdown:
-        lines = [f"| {' | '.join(line)} |" for line in cells]
-        lines.insert(1, "|---|--:|---|" + "--:|" * (len(HEADER) - 3))
-    else:
-        columns = zip(*(line for line in cells if len(line) == len(HEADER)), strict=True)
-        widths = [max(map(len, column)) for column in columns]
-        lines = [_aligned(line, widths) for line in cells]
-    remarks = [f"{r.model}, {CONTENDERS[r.contender]}: {r.note}" for r in rows if r.note]
-    return "\n\n".join(["\n".join(lines), NOTES, *dict.fromkeys(remarks), _machine()])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    start = (row.model, str(row.batch), CONTENDERS[row.contender])
-    if row.median_s is None or row.p10_s is None or row.p90_s is None:
-        return (*start, f"refused: {row.refused}")
-    return (
-        *start,
-        f"{1e3 * row.median_s:.2f}",
-        f"{1e3 * row.p10_s:.2f}-{1e3 * row.p90_s:.2f}",
-        _number(row.time_ratio),
-        _number(row.start_s),
-        _number(row.peak_bytes, 1e-6, 0),
-        _number(row.memory_ratio),
-        _number(_growth(row), 1e-6, 1),
-        _number(row.growth_ratio),
-        _number(row.disk_bytes, 1e-6),
-    )
-
-
-def _number(value: float | None, factor: float = 1, digits: int = 2) -> str:
-    return "" if value is None else f"{factor * value:.{digits}f}"
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    if len(line) < len(widths):  # a refusal, which no column is made wider for
-        return "  ".join([*map(str.ljust, line[:3], widths), line[3]])
-    pairs = list(zip(line, widths, strict=True))
-    left, right = pairs[:3], pairs[3:]
-    return "  ".join([*(c.ljust(w) for c, w in left), *(c.rjust(w) for c, w in right)])
-
-
-def _machine() -> str:
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "onnxruntime-training-cpu", "numpy")
-    )
-    sizes = ", ".join(f"{n} {_package_bytes(n) / 1e6:.0f} MB" for n in ("torch", "onnxruntime"))
-    load = os.getloadavg()[0]
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; "
-        f"installed: {sizes}. Load average at the end of the run: {load:.1f}."
-    )
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _package_bytes(name: str) -> int:
-    spec = find_spec(name)
-    folders = spec.submodule_search_locations if spec else None
-    files = (path for folder in folders or () for path in Path(folder).rglob("*"))
-    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _say(text: str) -> None:

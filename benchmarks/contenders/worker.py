@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
@@ -25,11 +26,13 @@ class Readiness(TypedDict):
     """What is known of a process that has taken `NUM_STEPS` steps.
 
     Attributes:
+        engine: The library that computes, with its version.
         imports_bytes: Resident after the interpreter and the libraries were loaded.
         peak_bytes: The most that was resident at any time.
         start_s: From then to the end of the first step: files read, sessions opened.
     """
 
+    engine: str
     imports_bytes: int
     peak_bytes: int
     start_s: float
@@ -40,7 +43,7 @@ def main(name: str, case: Case) -> None:
     _load_no_more_than(name)
     try:
         contender = importlib.import_module(f"benchmarks.contenders.{name}")
-        turns = _turns(_resident_bytes("VmRSS"))
+        turns = _turns(_engine(name), _resident_bytes("VmRSS"))
         next(turns)
         contender.train(case, turns.__next__)
     except StopIteration:
@@ -56,15 +59,23 @@ def reason_of(error: Exception) -> str:
     return reason if len(reason) <= 160 else f"{reason[:70]} … {reason[-88:]}"
 
 
-def _turns(imports_bytes: int) -> Iterator[None]:
+def _engine(name: str) -> str:
+    packages = {"pytorch": "torch", "composed": "onnxruntime-training-cpu"}
+    if package := packages.get(name):  # in whose processes nothing of petalfl is to be
+        return f"{package} {version(package)}"
+    return str(importlib.import_module("petalfl.runtime").find_runtime())
+
+
+def _turns(engine: str, imports_bytes: int) -> Iterator[None]:
     """Advanced after every step: measures, and waits for its turn."""
     started = time.perf_counter()
     yield
     start_s = time.perf_counter() - started
     for _ in range(NUM_STEPS - 1):
         yield
+    peak_bytes = _resident_bytes("VmHWM")
     _say(Readiness(
-        imports_bytes=imports_bytes, peak_bytes=_resident_bytes("VmHWM"), start_s=start_s,
+        engine=engine, imports_bytes=imports_bytes, peak_bytes=peak_bytes, start_s=start_s,
     ))  # fmt: skip
     for _ in sys.stdin:
         yield  # one step to bring the caches back from the contender before
