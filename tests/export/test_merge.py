@@ -27,7 +27,7 @@ from petalfl.model import ModelManifest, read_artifact
 from petalfl.store import DeviceStore, Identity, State
 from petalfl.training import predict_outputs
 from petalfl.vectors import Vector, from_bytes, to_bytes
-from server.state import NewVersion, ServerState
+from server.state import Closing, NewVersion, ServerState
 from tests.export.tiny import small
 from tests.server.builders import FED, INITIAL, LAYOUT, Site
 from tests.server.test_web import TOKEN, serve
@@ -193,14 +193,14 @@ def serve_folder(folder: Path, manifest: ModelManifest, vectors: Mapping[str, Ve
     for number in range(1, 11):
         state.open_round(number, {}, 0.0)
         momentum = [{"velocity": np.ones(b.size, np.float32)} for b in blocks]
-        state.close_round(
+        state.step(
             number,
             [
                 NewVersion(b, number, vectors[b.name] + np.float32(10 - number), m)
                 for b, m in zip(blocks, momentum, strict=True)
             ],
-            None,
-            1.0,
+            {},
+            Closing(1.0, None, num_late=0),
         )
     state.close()
 
@@ -288,9 +288,7 @@ def test_a_users_own_class_outputs_the_same(tied: Exported, tmp_path: Path) -> N
     inputs = draw(tied.manifest, ("a", "words"), 5)
     with torch.no_grad():
         found = module.eval()(**{name: torch.from_numpy(x) for name, x in inputs.items()})
-    expected = predict_outputs(
-        OrtEngine(tied.artifacts), tied.manifest, tied.vectors, inputs
-    )
+    expected = predict_outputs(OrtEngine(tied.artifacts), tied.manifest, tied.vectors, inputs)
     assert_equal({task: y.numpy() for task, y in found.items()}, expected)
 
 
