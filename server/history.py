@@ -7,7 +7,6 @@ import sqlite3
 import statistics
 from typing import Any
 
-
 OUTLIER_RATIO = 3.0  # an update so many times as long as the block's median update stands out
 
 
@@ -21,8 +20,9 @@ class History:
         """Every closed round, with what each block got in it.
 
         Of a block: its ``version`` afterwards; its ``holders`` whose updates went into a version,
-        with their ``num_examples`` in all; the ``outliers`` among the devices that sent; ``num_asked``, the tasks that asked for it;
-        ``num_dropped``, its updates that were too few for a version; bytes.
+        with their ``num_examples`` in all; the ``outliers`` among the devices that sent;
+        ``num_asked``, the tasks that asked for it; ``num_dropped``, its updates that went into no
+        version, being too few; bytes.
         """
         rows = self._db.execute(
             "SELECT round_num, opened_at_s, closed_at_s, loss, num_late FROM rounds "

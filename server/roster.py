@@ -34,7 +34,7 @@ class Roster:
         self._sizes = sizes
         self._known = dict(known)
         self._asked_at_s: dict[str, float] = {}
-        self._sent: dict[tuple[str, str], tuple[int, float]] = {}  # last round, norm of the delta
+        self._sent: dict[str, dict[str, tuple[int, float]]] = {}  # last round, norm of the delta
 
     def choose(self, round_num: int, config: Config) -> dict[str, Blocks]:
         """The cohort of a round: by device, the blocks that it is to send.
@@ -55,12 +55,15 @@ class Roster:
     def uploads(self, device: str, round_num: int, config: Config) -> Blocks:
         """The blocks that a device is to send: all that it holds, or those its budget has room for.
 
-        A block's impact is the norm of the delta that the device last sent of it.
+        A block's impact is the norm of the delta that the device last sent of it; where it never
+        has, the greatest norm of its other blocks.
         """
         held = self.ready[device]
         if not config.max_upload_bytes:
             return held
-        last = {block: self._sent.get((device, block), (0, 0.0)) for block in held}
+        sent = self._sent.get(device, {})
+        most = max((norm for _, norm in sent.values()), default=1.0)
+        last = {block: sent.get(block, (0, most)) for block in held}
         uploads = {
             block: Upload(4 * self._sizes[block], last[block][1], round_num - last[block][0])
             for block in held
@@ -89,4 +92,5 @@ class Roster:
 
     def note_sent(self, update: BlockUpdate) -> None:
         """The device's update of a block counts."""
-        self._sent[update.device, update.block] = (update.round_num, norm_of(update.delta))
+        sent = self._sent.setdefault(update.device, {})
+        sent[update.block] = (update.round_num, norm_of(update.delta))

@@ -408,10 +408,9 @@ class Run:
         for device, task in self.sender.tasks(round_num).items():
             if devices and device not in devices:
                 continue
-            for block, pointer in task.blocks.items():
-                update = make_update(
-                    device, block, delta, round_num=round_num, base_version=pointer.version
-                )
+            for block in task.blocks if task.uploads is None else task.uploads:
+                base = task.blocks[block].version
+                update = make_update(device, block, delta, round_num=round_num, base_version=base)
                 assert self.federation.on_update(update).status == "accepted"
             report = make_report(device, round_num=round_num)
             assert self.federation.on_report(device, report).status == "accepted"

@@ -1,0 +1,263 @@
+"""Asynchronous federations: nobody waits for anybody, and nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from petalfl import wire
+from petalfl.vectors import to_bytes
+from server.config import PerBlock
+from tests.server.builders import ENROLLED, INITIAL, SIZES, Run, Site, make_id, make_report, settle
+from tests.server.builders import make_update as any_update
+from tests.server.test_federation import HELD, Clock
+
+EVERYBODY = tuple(ENROLLED)
+ASYNC: dict[str, Any] = {"mode": "async", "buffer_size": PerBlock(2), "max_staleness": 3}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def newest(run: Run, device: str) -> wire.Task:
+    """The last task that a device was sent."""
+    tasks = [m for d, m in run.sender.sent if d == device and isinstance(m, wire.Task)]
+    return tasks[-1]
+
+
+def make_update(run: Run, device: str, block: str, delta: float = 1.0) -> wire.BlockUpdate:
+    """What the device answers to its last task."""
+    task = newest(run, device)
+    return any_update(
+        device, block, delta, round_num=task.round_num, base_version=task.blocks[block].version
+    )
+
+
+async def answer(run: Run, device: str, delta: float = 1.0) -> list[str]:
+    """The device sends all blocks of its last task, and its report."""
+    round_num = newest(run, device).round_num
+    statuses: list[str] = [
+        run.federation.on_update(make_update(run, device, block, delta)).status
+        for block in newest(run, device).blocks
+    ]
+    report = make_report(device, round_num=round_num)
+    statuses.append(run.federation.on_report(device, report).status)
+    await settle()
+    return statuses
+
+
+async def test_a_device_gets_its_next_task_when_it_has_reported(site: Site) -> None:
+    with site.run(ready=["watch", "phone"], **ASYNC) as run:
+        assert [newest(run, device).round_num for device in ("watch", "phone")] == [1, 1]
+        assert newest(run, "watch").num_rounds == 0
+        for round_num in (2, 3, 4):
+            assert set(await answer(run, "watch")) == {"accepted"}
+            assert newest(run, "watch").round_num == round_num
+        assert newest(run, "phone").round_num == 1, "it is still at work, and held nobody back"
+        assert run.federation.shared.versions["encoder-acc"] == 2, "two of three are in it"
+        assert newest(run, "watch").blocks["encoder-acc"].version == 2
+
+
+async def test_a_block_steps_when_its_buffer_is_full_and_no_other_does(site: Site) -> None:
+    sizes = PerBlock(9, {"head": 2})
+    with site.run(ready=["watch", "phone"], **{**ASYNC, "buffer_size": sizes}) as run:
+        run.federation.on_update(make_update(run, "watch", "head", 1.0))
+        run.federation.on_update(make_update(run, "watch", "fusion", 1.0))
+        await settle()
+        assert run.federation.shared.versions == dict.fromkeys(SIZES, 1)
+        run.federation.on_update(make_update(run, "phone", "head", 4.0))
+        await settle()
+        assert run.federation.shared.versions == {**dict.fromkeys(SIZES, 1), "head": 2}
+        np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 2.5)
+        assert [b for b, pointer in run.sender.versions if pointer.version == 2] == ["head"]
+
+
+async def test_a_stale_update_weighs_less_and_a_too_stale_one_is_rejected(site: Site) -> None:
+    with site.run(ready=EVERYBODY, **{**ASYNC, "max_staleness": 1}) as run:
+        slow, too_slow = make_update(run, "phone", "head", 4.0), make_update(run, "both", "head")
+        for _ in range(2):
+            await answer(run, "watch", 0.0)  # head: version 2
+        assert run.federation.on_update(slow).status == "accepted"
+        await answer(run, "watch", 1.0)  # head: version 3
+        weights = 1 / np.sqrt(2), 1.0
+        expected = INITIAL["head"] + (weights[0] * 4.0 + weights[1] * 1.0) / sum(weights)
+        np.testing.assert_allclose(run.block("head"), expected, rtol=1e-6)
+        receipt = run.federation.on_update(too_slow)
+        assert receipt.status == "rejected" and "too stale" in receipt.reason
+        assert run.federation.refused == {"stale": 1}
+        report = run.federation.on_report("both", make_report("both"))
+        await settle()
+        assert report.status == "accepted"
+        assert newest(run, "both").round_num == 2, "it goes on with the next task"
+
+
+async def test_a_round_is_a_step_of_the_fastest_block(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site.run(ready=["watch", "phone"], num_rounds=2, **ASYNC) as run:
+        with caplog.at_level(logging.INFO):
+            await answer(run, "watch")
+            await answer(run, "phone")
+            assert run.federation.round_num == 2
+            await answer(run, "watch")
+            assert not run.federation.finished.is_set()
+            await answer(run, "phone")
+        assert run.federation.finished.is_set() and run.federation.round is None
+        assert run.sender.finishes()["watch"].blocks.keys() == HELD["watch"]
+        first, second = run.state.history.rounds()
+        assert first["blocks"]["head"]["version"] == 2
+        assert first["blocks"]["head"]["holders"] == ["phone", "watch"]
+        assert first["blocks"]["encoder-gyro"]["version"] == 1
+        assert second["blocks"]["encoder-acc"]["version"] == 2
+        late = run.federation.on_update(any_update("watch", "head", 1.0, round_num=3))
+        assert (late.status, late.reason) == ("rejected", "no round is open")
+    lines = [r.getMessage() for r in caplog.records if "closed" in r.getMessage()]
+    assert [line.partition(":")[0] for line in lines] == ["round 1 closed", "round 2 closed"]
+
+
+async def test_a_device_that_is_back_gets_its_open_task_again(site: Site) -> None:
+    with site.run(ready=["watch"], **ASYNC) as run:
+        run.ready("watch")
+        tasks = [m for _, m in run.sender.sent]
+        assert len(tasks) == 2 and tasks[0] == tasks[1]
+        run.federation.on_offline("watch")
+        await answer(run, "watch")
+        assert len(run.sender.sent) == 2, "nobody is there to get the next one"
+        run.ready("watch")
+        assert newest(run, "watch").round_num == 2
+
+
+async def test_after_the_deadline_a_device_is_asked_anew(site: Site, clock: Clock) -> None:
+    with site.run(ready=["watch", "phone"], deadline_s=60, **ASYNC) as run:
+        await clock.advance(40)
+        await answer(run, "phone")
+        old = make_update(run, "watch", "head")
+        await clock.advance(21)
+        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (2, 2)
+        late = run.federation.on_update(old)
+        assert (late.status, late.reason) == ("rejected", "round 1 is closed, round 2 is open")
+        assert run.federation.on_update(make_update(run, "watch", "head")).status == "accepted"
+
+
+async def test_it_waits_for_enough_devices_once(site: Site) -> None:
+    with site.run(min_devices=2, ready=["watch"], **ASYNC) as run:
+        assert run.sender.sent == []
+        run.ready("phone")
+        assert {device for device, _ in run.sender.sent} == {"watch", "phone"}
+        run.federation.on_offline("phone")
+        await answer(run, "watch")
+        assert newest(run, "watch").round_num == 2
+
+
+# Restarts
+
+
+@dataclass
+class Script:
+    """Devices that answer in a fixed order, each always the same, with restarts in between.
+
+    A device has trained a task as it first saw it; a server that is back only repeats it.
+    """
+
+    site: Site
+    order: list[str]
+    restarts: set[int]
+    tasks: dict[tuple[str, int], wire.Task] = field(default_factory=dict)
+
+    async def play(self) -> tuple[dict[str, bytes], int]:
+        """The block files at the end, and how many updates count."""
+        with ExitStack() as stack:
+            run = stack.enter_context(self.start())
+            for number, device in enumerate(self.order):
+                for step in self.steps(run, device):
+                    step()
+                    if number in self.restarts:
+                        stack.close()
+                        run = stack.enter_context(self.start())
+                        break
+                else:
+                    await settle()
+                    continue
+                # What was not sent before the restart is sent after it, and all of it once more.
+                for step in self.steps(run, device):
+                    step()
+                await settle()
+            accepted = run.state.history.totals()["updates_accepted"]
+            pending = len(list(run.state.unconsumed_updates(SIZES)))
+        root = self.site.data_dir / "blocks"
+        files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return {**files, "pending": bytes([pending])}, accepted
+
+    def start(self) -> Any:
+        return self.site.run(
+            ready=EVERYBODY, min_devices=3, server_optimizer="momentum:0.5", **ASYNC
+        )
+
+    def steps(self, run: Run, device: str) -> Iterator[Any]:
+        for name, message in run.sender.sent:
+            assert isinstance(message, wire.Task)
+            self.tasks.setdefault((name, message.round_num), message)
+        task = self.tasks[device, newest(run, device).round_num]
+        for block in sorted(task.blocks):
+            seed = list(f"{device} {task.round_num} {block}".encode())
+            delta = np.random.default_rng(seed).normal(size=SIZES[block])
+            update = any_update(
+                device, block, delta, num_examples=len(device), round_num=task.round_num,
+                base_version=task.blocks[block].version,
+                update_id=make_id(device, task.round_num, block),
+            )  # fmt: skip
+            yield lambda update=update: run.federation.on_update(update)
+        report = make_report(device, round_num=task.round_num)
+        yield lambda: run.federation.on_report(device, report)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.sampled_from(EVERYBODY), min_size=1, max_size=8),
+    st.sets(st.integers(0, 7)),
+)
+def test_a_restart_loses_nothing_and_counts_nothing_twice(
+    tmp_path_factory: pytest.TempPathFactory, order: list[str], restarts: set[int]
+) -> None:
+    async def both() -> None:
+        folder = tmp_path_factory.mktemp("play")
+        undisturbed = await Script(Site(folder / "undisturbed"), order, set()).play()
+        restarted = await Script(Site(folder / "restarted"), order, restarts).play()
+        assert restarted == undisturbed
+        assert undisturbed[1] == sum(len(HELD[device]) for device in order)
+
+    asyncio.run(both())
+
+
+async def test_a_redelivered_update_is_known_after_its_block_has_stepped(site: Site) -> None:
+    with site.run(ready=["watch", "phone"], **ASYNC) as run:
+        update = make_update(run, "watch", "head", 3.0)
+        run.federation.on_update(update)
+        run.federation.on_update(make_update(run, "phone", "head", 1.0))
+        await settle()
+        assert run.federation.shared.versions["head"] == 2
+    with site.run(ready=["watch"], **ASYNC) as run:
+        assert run.federation.on_update(update) == wire.Receipt(update.update_id, "accepted")
+        await settle()
+        assert run.state.history.totals()["updates_accepted"] == 2
+        assert to_bytes(run.block("head")) == to_bytes(INITIAL["head"] + 2)
+        second = make_update(run, "watch", "head", 5.0)
+        other = run.federation.on_update(replace(second, update_id=make_id("other")))
+        assert "has sent another update" in other.reason
