@@ -7,6 +7,8 @@ from typing import NamedTuple
 from petalfl.model import Block
 from petalfl.vectors import Vector
 
+MAX_ROWS = 2048  # of a matrix that is higher than wide: rows × rows float64 are 32 MiB
+
 
 class Matrix(NamedTuple):
     """A trainable tensor of two dimensions, such as a projector's weight."""
@@ -16,15 +18,20 @@ class Matrix(NamedTuple):
     shape: tuple[int, int]
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """The shorter and the longer side."""
-        return min(self.shape), max(self.shape)
+    def is_turned(self) -> bool:
+        """Whether it is taken transposed: it is high, and a basis of its rows would be large."""
+        return self.shape[0] > max(self.shape[1], MAX_ROWS)
+
+    @property
+    def num_rows(self) -> int:
+        """Of `view`."""
+        return self.shape[1] if self.is_turned else self.shape[0]
 
     def view(self, vector: Vector) -> Vector:
-        """The matrix in a block's vector, with its shorter side first: a view, which writes it."""
+        """The matrix in a block's vector, turned where it `is_turned`; writing to it writes it."""
         flat = vector[self.start : self.start + self.shape[0] * self.shape[1]]
         matrix = flat.reshape(self.shape)
-        return matrix.T if self.shape[0] > self.shape[1] else matrix
+        return matrix.T if self.is_turned else matrix
 
 
 def matrices(block: Block) -> list[Matrix]:

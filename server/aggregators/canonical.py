@@ -39,10 +39,11 @@ def canonical(temperature: float = 0.5, energy: float = 0.99) -> Aggregator[Cano
         C_i = Σ ρ_k,i C_k,i
 
     Every client has one vote of length 1 in the consensus: by magnitude, a client that is all
-    noise would carry C̄ to itself and be found the most reliable. A matrix with more rows than
-    columns is merged transposed, so that U has the shorter side. With temperature inf and energy
-    1 it is `weighted_mean`. G grows as updates arrive; the deltas are kept for the coefficients:
-    O(cohort × block.size + side²) memory, O(side · block.size) time per update.
+    noise would carry C̄ to itself and be found the most reliable. With temperature inf and energy 1
+    it is `weighted_mean`. G grows as updates arrive; the deltas are kept for the coefficients:
+    O(cohort × block.size + rows²) memory, in float64 while it is finalized, and O(rows ·
+    block.size) time per update. A matrix of more than `MAX_ROWS` rows and fewer columns is merged
+    transposed.
 
     Args:
         temperature: At least 0.01; inf weighs all clients by their shares alone.
@@ -62,7 +63,7 @@ def canonical(temperature: float = 0.5, energy: float = 0.99) -> Aggregator[Cano
 
     def init(block: Block) -> Canonical:
         parts = matrices(block)
-        grams = [np.zeros((m.sides[0],) * 2, np.float64) for m in parts]
+        grams = [np.zeros((m.num_rows, m.num_rows), np.float64) for m in parts]
         return Canonical(parts, grams, [], [])
 
     def accumulate(state: Canonical, delta: Vector, weight: float) -> Canonical:
@@ -105,7 +106,8 @@ def reliabilities(coefficients: Array, shares: Weights, temperature: float) -> A
         coefficients: ``(clients, r, n)``.
         shares: ``(clients,)``.
     """
-    norms = np.maximum(np.linalg.norm(coefficients, axis=2), _TINY)
+    squares = np.einsum("krn,krn->kr", coefficients, coefficients)
+    norms = np.maximum(np.sqrt(squares), _TINY)
     consensus = np.einsum("kr,krn->rn", shares[:, None] / norms, coefficients)
     lengths = np.maximum(np.linalg.norm(consensus, axis=1), _TINY)
     cosines = np.einsum("krn,rn->kr", coefficients, consensus) / (norms * lengths)
@@ -114,6 +116,8 @@ def reliabilities(coefficients: Array, shares: Weights, temperature: float) -> A
 
 
 def _fuse(basis: Array, views: Sequence[Vector], shares: Weights, temperature: float) -> Array:
-    coefficients = np.stack([basis.T @ view for view in views])
+    coefficients = np.empty((len(views), basis.shape[1], views[0].shape[1]), np.float64)
+    for view, one in zip(views, coefficients, strict=True):
+        np.matmul(basis.T, view, out=one)
     weights = reliabilities(coefficients, shares, temperature)
     return np.asarray(np.einsum("kr,krn->rn", weights, coefficients))

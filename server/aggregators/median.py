@@ -26,7 +26,7 @@ def median() -> Aggregator[Kept]:
         found = np.empty_like(deltas[0])
         low, high = (len(deltas) - 1) // 2, len(deltas) // 2
         for part, values in columns(deltas):
-            values.partition((low, high), axis=1)
+            values.sort(axis=1)  # numpy sorts float32 faster than it partitions
             # Halved first, as the sum of two large values is none in float32.
             found[part] = values[:, low] / np.float64(2) + values[:, high] / np.float64(2)
         return found

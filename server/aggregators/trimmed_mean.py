@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from petalfl.vectors import Vector
 
@@ -45,10 +46,25 @@ def trimmed_mean(fraction: float) -> Aggregator[Kept]:
                 values.sort(axis=1)
                 found[part] = values[:, cut:-cut].mean(axis=1, dtype=np.float64)
                 continue
-            kept = np.argsort(values, axis=1, kind="stable")[:, cut:-cut]
-            shares = weights[kept]
-            total = np.einsum("ik,ik->i", np.take_along_axis(values, kept, 1), shares)
-            found[part] = total / shares.sum(axis=1)
+            kept, holders = _sort(values)
+            shares = weights[holders[:, cut:-cut]]
+            found[part] = np.einsum("ik,ik->i", kept[:, cut:-cut], shares) / shares.sum(axis=1)
         return found
 
     return over_all(rule)
+
+
+def _sort(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Each row's values in order, and where in the row they were; of equals the first is first.
+
+    Value and place are sorted as one integer, many times faster than by argsort.
+    """
+    keys = _ordered(values.view(np.int32)).astype(np.int64) << 32
+    keys |= np.arange(values.shape[1])
+    keys.sort(axis=1)
+    return _ordered((keys >> 32).astype(np.int32)).view(np.float32), keys & 0xFFFFFFFF
+
+
+def _ordered(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The bits of floats as integers of the same order, and back."""
+    return np.asarray(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)), np.int32)

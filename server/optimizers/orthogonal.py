@@ -23,9 +23,9 @@ def orthogonal(beta: float = 0.5, energy: float = 0.99) -> ServerOptimizer:
         x ← x + Ū Ūᵀ Δ
 
     What a single round adds in directions that are new to the basis is damped, as an oscillation
-    is. With beta 0 and energy 1 it is FedAvg. A matrix with more rows than columns is stepped
-    transposed, so that U has the shorter side. One singular value decomposition per matrix:
-    O(side · block.size) time; the state is no larger than the block.
+    is. With beta 0 and energy 1 it is FedAvg. One singular value decomposition per matrix:
+    O(block.size · min(m, n)) time; the state is no larger than the block. Matrices are turned as
+    `canonical` turns them.
 
     Args:
         beta: In [0, 1).
@@ -41,7 +41,7 @@ def orthogonal(beta: float = 0.5, energy: float = 0.99) -> ServerOptimizer:
         raise ValueError(f"expected beta in [0, 1) and energy in (0, 1], found {beta}, {energy}")
 
     def init(block: Block) -> OptimizerState:
-        return {m.name: np.zeros((m.sides[0], 0), np.float32) for m in matrices(block)}
+        return {m.name: np.zeros((m.num_rows, 0), np.float32) for m in matrices(block)}
 
     def update(
         block: Block, parameters: Vector, delta: Vector, state: OptimizerState

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from petalfl.vectors import Vector
 from server.aggregators import canonical, weighted_mean
 from server.aggregators.canonical import leading_directions, reliabilities
+from server.matrices import MAX_ROWS
 from tests.server.aggregators.builders import Update, aggregate, assert_order_free, vector_block
 from tests.server.builders import make_block
 
@@ -71,13 +72,19 @@ def test_what_is_no_matrix_gets_the_weighted_mean() -> None:
     assert (np.abs(found - mean)[4:-2] > 1e-6).all()
 
 
-def test_a_tall_matrix_is_merged_transposed() -> None:
-    tall = make_block("p", "encoder", ("acc",), {"w": (N, M)})[0]
-    drawn = draw(3, size=M * N)
-    turned = [(d.reshape(M, N).T.ravel(), w) for d, w in drawn]
-    found = aggregate(canonical(), turned, tall).reshape(N, M).T
+def test_a_matrix_too_high_for_a_basis_of_its_rows_is_merged_transposed() -> None:
+    high = MAX_ROWS + 1
+    blocks = [
+        make_block("p", "encoder", ("acc",), {"w": shape})[0] for shape in ((high, M), (M, high))
+    ]
+    drawn = draw(3, size=high * M)
+    turned = [(d.reshape(high, M).T.ravel(), w) for d, w in drawn]
+    assert [gram.shape for gram in canonical().init(blocks[0]).grams] == [(M, M)]
     np.testing.assert_allclose(
-        found, aggregate(canonical(), drawn, MATRIX).reshape(M, N), rtol=1e-5, atol=1e-6
+        aggregate(canonical(), drawn, blocks[0]).reshape(high, M).T,
+        aggregate(canonical(), turned, blocks[1]).reshape(M, high),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
