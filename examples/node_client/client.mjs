@@ -140,6 +140,7 @@ async function main() {
     const before = Object.fromEntries(held.map((block) => [block.name, startOf(block)]));
     const draws = new Draws(task.seed, task.round_num, device);
     const names = Object.keys(task.blocks);
+    const uploads = task.uploads ?? names;
     const h = task.hyperparameters;
     const result = await train(engine, manifest, before, inputs, labels, h, draws, names);
     const about = { round_num: task.round_num, num_examples: result.numExamples };
@@ -148,7 +149,7 @@ async function main() {
     for (const block of held) {
       const after = result.parameters[block.name];
       if (!isShared(block) && !block.is_frozen) kept[block.name] = toBytes(after);
-      if (!isShared(block) || !names.includes(block.name)) continue;
+      if (!isShared(block) || !uploads.includes(block.name)) continue;
       const payload = toBytes(after.map((x, i) => x - before[block.name][i]));
       outbox.push({ payload, message: encode("update", {
         ...about, update_id: randomBytes(16), block: block.name, codec: "f32",
@@ -163,8 +164,10 @@ async function main() {
     console.log(`round ${task.round_num}: loss ${result.loss.toFixed(4)}`);
   }
 
+  /** Until all is delivered, or the server has gone on: then the rest no longer counts. */
   async function deliverOutbox() {
     for (const outgoing of state.outbox) {
+      if (inbox.some((message) => message.round_num !== state.round_num)) break;
       const receipt = await uplink.deliver(outgoing);
       if (receipt.status === "rejected") console.error(`rejected: ${receipt.reason}`);
     }
@@ -176,9 +179,10 @@ async function main() {
     await announce();
     for (;;) {
       while (!inbox.length) await once(mqtt, "arrival");
-      const task = inbox.shift();
+      const task = inbox.splice(0).pop(); // the last one: what came before no longer matters
       const own = held.filter(isShared).map((block) => block.name);
-      const foreign = Object.keys(task.blocks).filter((name) => !own.includes(name));
+      const asked = [...Object.keys(task.blocks), ...(task.uploads ?? [])];
+      const foreign = asked.filter((name) => !own.includes(name));
       if (foreign.length) throw new Error(`the server asks for ${foreign}, which is not shared`);
       if (task.t === "finish" || task.round_num > state.round_num) {
         await fetchBlocks(task.blocks);

@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
 from petalfl.engine import Arrays
 from petalfl.errors import PetalError, StoreError, TransportError, WireError
+from petalfl.inbox import Inbox
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.mqtt import Endpoint, MqttTransport
@@ -243,17 +244,17 @@ class EdgeClient:
     # Taking part: tasks come down, updates go up.
 
     async def _take_part(self, session: Session, inputs: Arrays, labels: Arrays) -> None:
-        queue: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
+        inbox = Inbox()
         tasks = tuple(sorted(labels))
         transport = await self._connect(
             session, lambda: _in_background(self._announce(transport, tasks))
         )
         uplink = Uplink(transport, self._federation, self.device)
-        handler = functools.partial(_receive, queue, uplink)
+        handler = functools.partial(_receive, inbox, uplink)
         try:
             await transport.subscribe(topics.all_down(self._federation, self.device), handler)
             await self._announce(transport, tasks)
-            worker = asyncio.create_task(self._work(queue, uplink, inputs, labels))
+            worker = asyncio.create_task(self._work(inbox, uplink, inputs, labels))
             await self._until_stopped(worker)
         finally:  # however it ends: no later round waits for this device
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
@@ -302,18 +303,13 @@ class EdgeClient:
             with contextlib.suppress(asyncio.CancelledError, PetalError, _Stopped):
                 await worker
 
-    async def _work(
-        self,
-        queue: asyncio.Queue[wire.Task | wire.Finish],
-        uplink: Uplink,
-        inputs: Arrays,
-        labels: Arrays,
-    ) -> None:
+    async def _work(self, inbox: Inbox, uplink: Uplink, inputs: Arrays, labels: Arrays) -> None:
         while True:
-            task = await queue.get()
+            task = await inbox.get()
             self._check_blocks(task)
             if isinstance(task, wire.Finish):
                 await self._fetch_patiently(task)
+                await self._keep_outbox(())  # nothing counts any longer
                 return
             if task.round_num < self._state.round_num:
                 log.warning("ignored a task of round %d, long trained", task.round_num)
@@ -321,11 +317,14 @@ class EdgeClient:
             if task.round_num > self._state.round_num:
                 await self._fetch_patiently(task)
                 await self._call(self._train_round, task, inputs, labels)
-            await self._deliver_outbox(uplink)
+            await inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
 
     def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
         model = self._current_model()
         shareable = {b.name for b in model.held if self._is_shared(b)}
+        uploads = task.uploads or () if isinstance(task, wire.Task) else ()
+        if unknown := sorted(set(uploads) - task.blocks.keys()):
+            raise WireError(f"the server asks for block {unknown[0]} without saying its version")
         if foreign := sorted(task.blocks.keys() - shareable):
             raise WireError(
                 f"the server asks for block {foreign[0]}, which this device does not share; "
@@ -368,10 +367,11 @@ class EdgeClient:
             model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
             shared=task.blocks, on_batch=self._on_batch,
         )  # fmt: skip
+        uploads = task.blocks if task.uploads is None else task.uploads
         outbox = [
             self._make_update(block, task, result, before[block.name])
             for block in held
-            if block.name in task.blocks
+            if block.name in uploads
         ]
         report = wire.Report(
             secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
@@ -411,7 +411,11 @@ class EdgeClient:
             if receipt.status == "rejected":
                 log.warning("the server rejected an update: %s", receipt.reason)
             rest = tuple(o for o in self._state.outbox if o != outgoing)
-            self._state = State(self._state.round_num, self._state.private, rest)
+            self._state = replace(self._state, outbox=rest)
+        await self._keep_outbox(())
+
+    async def _keep_outbox(self, outbox: tuple[Outgoing, ...]) -> None:
+        self._state = replace(self._state, outbox=outbox)
         await self._call(self._store.write_state, self._state)
 
     def _replace_parameters(self, parameters: Mapping[str, Vector]) -> None:
@@ -445,9 +449,7 @@ class _Stopped(Exception):  # noqa: N818 - no error: it ends training between tw
     """The client was told to stop."""
 
 
-def _receive(
-    queue: asyncio.Queue[wire.Task | wire.Finish], uplink: Uplink, topic: str, payload: bytes
-) -> None:
+def _receive(inbox: Inbox, uplink: Uplink, topic: str, payload: bytes) -> None:
     try:
         message = wire.decode(payload)
     except WireError as error:
@@ -456,7 +458,7 @@ def _receive(
     if isinstance(message, wire.Receipt):
         uplink.receive(message)
     elif isinstance(message, (wire.Task, wire.Finish)):
-        queue.put_nowait(message)
+        inbox.put(message)
 
 
 def _in_background(work: Awaitable[None]) -> None:

@@ -38,7 +38,10 @@ class Uplink:
             future.set_result(receipt)
 
     async def deliver(self, outgoing: Outgoing) -> wire.Receipt:
-        """Sends until the server has accepted or rejected it; returns that receipt."""
+        """Sends until the server has accepted or rejected it; returns that receipt.
+
+        A last word that comes before everything is sent ends the sending, too.
+        """
         message = wire.decode(outgoing.message)
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
@@ -61,11 +64,16 @@ class Uplink:
     ) -> wire.Receipt:
         future = asyncio.get_running_loop().create_future()
         self._waiting[message.update_id] = future
+        sending = asyncio.create_task(self._send(message, chunks))
         try:
-            await self._send(message, chunks)
+            await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
+            if not future.done() or future.result().status == "missing":
+                await sending
             return await asyncio.wait_for(future, RECEIPT_TIMEOUT_S)
         finally:
             del self._waiting[message.update_id]
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
     async def _send(
         self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]

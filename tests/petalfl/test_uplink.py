@@ -123,6 +123,29 @@ async def test_happy_path(rig: Rig) -> None:
     assert all(m.update_id == ID for _, m in server.got if isinstance(m, Chunk))
 
 
+async def test_an_early_rejection_saves_the_chunks(rig: Rig) -> None:
+    """The server says no to the manifest; what is not sent yet never is."""
+    server = Server(rig.broker.connect())
+    await server.open()
+    rejected = Receipt(ID, "rejected", "round 3 is closed, round 4 is open")
+    publish = rig.device.publish
+
+    async def publish_slowly(topic: str, payload: bytes, *, retain: bool = False) -> None:
+        await publish(topic, payload, retain=retain)
+        if isinstance(wire.decode(payload), UpdateManifest):
+            down = topics.acks("f", "dev-1")
+            await server._transport.publish(down, wire.encode(rejected))
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    rig.device.publish = publish_slowly  # type: ignore[method-assign]
+    receipt = await asyncio.wait_for(rig.uplink.deliver(UPDATE), 5)
+    assert receipt == rejected
+    kinds = [type(message) for _, message in server.got]
+    assert kinds[0] is UpdateManifest and Fin not in kinds
+    assert kinds.count(Chunk) < NUM_CHUNKS
+
+
 async def test_only_the_missing_chunks_are_sent_again(rig: Rig) -> None:
     server, receipt = await rig.deliver(UPDATE, missing(0, 9, 19), missing(9), ACCEPTED)
     assert receipt.status == "accepted"
