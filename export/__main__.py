@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from petalfl.errors import ModelError, PetalError
 from petalfl.model import ModelManifest
+from petalfl.runtime import ENGINES, find_runtime
 from petalfl.schema import plain
 
 from .artifacts import export_model
@@ -38,6 +39,7 @@ other forms (each has its own --help):
 _EXAMPLES = """\
 examples:
   python -m export export.models.har:watch --out artifacts
+  python -m export export.models.har:watch --out artifacts --check-with .venv-stock/bin/python
   python -m export inspect artifacts
   python -m export verify artifacts --batches 10
   python -m export merge --artifacts artifacts --weights petalfl-data --to model.pt
@@ -78,11 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    find_runtime(options.engine)
     with _stdout_to_stderr():
         model = load_model(options.factory)
-        progress = _step_progress(len(model.blocks()) + 1)
+        progress = _step_progress(len(model.blocks()) + 2 + len(options.check_with))
         manifest = export_model(
-            model, options.out, progress, file_format=options.format, source=options.factory
+            model,
+            options.out,
+            progress,
+            file_format=options.format,
+            source=options.factory,
+            check_with=options.check_with,
         )
     _clear_line()
     if options.json:
@@ -105,6 +113,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    find_runtime(options.engine)
     source = options.model or ModelManifest.load(options.folder).source
     if not source:
         raise ModelError(
@@ -233,7 +242,19 @@ def _export_parser() -> _Parser:
         help="artifacts folder to write; replaced as a whole")  # fmt: skip
     add("--format", choices=("onnx", "ort"), default="onnx",
         help="ort: for runtimes that read nothing else (default: %(default)s)")  # fmt: skip
+    _add_engine(parser)
+    add("--check-with", type=Path, action="append", default=[], metavar="PYTHON",
+        help="also take some steps with the ONNX Runtime of this other Python and refuse what "
+        "differs; may be repeated")  # fmt: skip
     return parser
+
+
+def _add_engine(parser: _Parser) -> None:
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="auto",
+        help="the ONNX Runtime that the law is proven on, which must be the one installed; the "
+        "graphs are the same for all (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _inspect_parser() -> _Parser:
@@ -262,6 +283,7 @@ def _verify_parser() -> _Parser:
     add("--batches", type=_positive, default=3, metavar="N",
         help="of all modalities and of each alone (default: %(default)s)")  # fmt: skip
     add("--seed", type=_natural, default=0, metavar="K", help="of the first (default: %(default)s)")
+    _add_engine(parser)
     return parser
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from petalfl.engine import OrtEngine
 from petalfl.errors import ModelError
 from petalfl.model import (
     FORMAT_VERSION,
@@ -28,12 +29,15 @@ from petalfl.model import (
     Task,
 )
 from petalfl.model import Tensor as TensorType
+from petalfl.reference import REFERENCE_NAME, take_reference
+from petalfl.runtime import find_runtime
 
 from .block import BlockSpec
 from .graph import BATCH_SIZE, BlockGraphs, build_graphs, input_names
 from .law import check_one_step
 from .model import BlockModel
 from .optimizers import build_optimizers
+from .parity import check_elsewhere
 from .program import Size, Value
 from .state import save_state
 
@@ -47,8 +51,12 @@ def export_model(
     *,
     file_format: Format = "onnx",
     source: str = "",
+    check_with: Sequence[Path] = (),
 ) -> ModelManifest:
     """Exports every block, checks the one-step law, and moves the folder into place.
+
+    The graphs are the same for every ONNX Runtime. The law is proven on the one that is installed
+    here, and some local steps are noted (`petalfl.reference`), for others to be compared with.
 
     Args:
         model: Its current parameters become the initial values.
@@ -56,9 +64,11 @@ def export_model(
         progress: Told each block's name before its turn.
         file_format: "ort" is ONNX Runtime's own, smaller one, for builds that read nothing else.
         source: ``MODULE:FACTORY`` of the model, noted in the manifest.
+        check_with: Interpreters of other environments, whose runtimes take those steps, too.
 
     Raises:
-        ModelError: A block cannot be exported exactly, or ``out`` holds something else.
+        ModelError: A block cannot be exported exactly, another runtime computes something else,
+            or ``out`` holds something else.
     """
     out = out.resolve()
     if foreign := _foreign(out):
@@ -74,6 +84,13 @@ def export_model(
         manifest = _Writer(model, work, file_format).write(progress, source)
         progress("one-step law")
         check_one_step(model, work)
+        progress("reference steps")
+        engine = OrtEngine(work)
+        reference = take_reference(engine, manifest, work, str(find_runtime()))
+        (work / REFERENCE_NAME).write_bytes(reference.to_json())
+        for python in check_with:
+            progress(f"reference steps with {python}")
+            check_elsewhere(python, work)
         _move(work, out)
     except OSError as error:
         raise ModelError(f"cannot write {out}: {error.strerror}") from error
@@ -83,7 +100,7 @@ def export_model(
 
 
 _FILES = re.compile(
-    r"manifest\.json|state\.pt|optimizers/\w+\.(onnx|ort)|[a-z0-9-]+/(parameters\.bin|"
+    r"manifest\.json|reference\.json|state\.pt|optimizers/\w+\.(onnx|ort)|[a-z0-9-]+/(parameters\.bin|"
     r"(eval_model|training_\w+)\.(onnx|ort))"
 )
 

@@ -59,12 +59,17 @@ class TrainingResult(NamedTuple):
     Attributes:
         parameters: New vectors of every block held.
         num_examples: Examples of the local data set: the device's weight in the mean.
-        loss: Mean over the round's batches.
+        losses: Of each step.
     """
 
     parameters: dict[str, Vector]
     num_examples: int
-    loss: float
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the round's steps."""
+        return float(np.mean(self.losses))
 
 
 class Step(NamedTuple):
@@ -131,7 +136,7 @@ def train(
         on_batch(done + 1, len(batches))
     if not all(np.isfinite(vector).all() for vector in current.values()):
         raise _diverged(": a parameter is NaN or infinite", hyperparameters)
-    return TrainingResult(current, num_examples, float(np.mean(losses)))
+    return TrainingResult(current, num_examples, tuple(losses))
 
 
 def step_gradients(

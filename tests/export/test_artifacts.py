@@ -22,6 +22,7 @@ from export import BlockModel, export_model
 from export.models.har import watch
 from petalfl.errors import ModelError
 from petalfl.model import MANIFEST_NAME, STATE_NAME, ModelManifest, Task, read_artifact
+from petalfl.reference import REFERENCE_NAME
 from tests.export.tiny import CLASSES, Lambda, law_errors, small, tiny, vectors_of
 from tests.petalfl.torch_models import several
 
@@ -69,7 +70,8 @@ def test_the_folder_holds_what_the_manifest_lists(watch_artifacts: Path) -> None
     assert [b.name for b in manifest.blocks] == [*blocks]
     assert [b.kind for b in manifest.blocks] == ["encoder", "encoder", "fusion", "head"]
     assert files(watch_artifacts).keys() == OPTIMIZERS | {
-        MANIFEST_NAME, STATE_NAME, *(f"{name}/{kind}" for name in blocks for kind in blocks[name])
+        MANIFEST_NAME, REFERENCE_NAME, STATE_NAME,
+        *(f"{name}/{kind}" for name in blocks for kind in blocks[name])
     }  # fmt: skip
     assert manifest.modalities.keys() == {"acc", "gyro"}
     assert manifest.modalities["acc"].shape == (3, 100)
@@ -96,7 +98,8 @@ def test_the_folder_of_a_model_with_everything(several_artifacts: Path) -> None:
               "fusion": TRAINED, **dict.fromkeys(heads, HEAD)}  # fmt: skip
     assert [b.name for b in manifest.blocks] == [*blocks]
     assert files(several_artifacts).keys() == OPTIMIZERS | {
-        MANIFEST_NAME, STATE_NAME, *(f"{name}/{kind}" for name in blocks for kind in blocks[name])
+        MANIFEST_NAME, REFERENCE_NAME, STATE_NAME,
+        *(f"{name}/{kind}" for name in blocks for kind in blocks[name])
     }  # fmt: skip
     assert [b.is_frozen for b in manifest.blocks] == [True, *[False] * 6]
     assert manifest.block("backbone-motion").num_trainable == 0
@@ -120,7 +123,7 @@ def test_the_folder_of_a_model_with_everything(several_artifacts: Path) -> None:
 
 def test_every_artifact_has_its_digest(several_artifacts: Path) -> None:
     manifest = ModelManifest.load(several_artifacts)
-    listed = {MANIFEST_NAME}
+    listed = {MANIFEST_NAME, REFERENCE_NAME}
     assert manifest.state is not None
     for artifact in [
         manifest.state,
@@ -218,7 +221,8 @@ def test_other_values_change_the_values_alone(tmp_path: Path) -> None:
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one.keys() == two.keys()
     assert {name for name in one if one[name] != two[name]} == {
-        MANIFEST_NAME, *(name for name in one if name.endswith("parameters.bin"))
+        MANIFEST_NAME, REFERENCE_NAME,
+        *(name for name in one if name.endswith("parameters.bin"))
     }  # fmt: skip
 
 
@@ -300,7 +304,7 @@ def test_the_exported_values_are_those_at_the_time(tmp_path: Path) -> None:
 def test_the_progress_names_every_block(tmp_path: Path) -> None:
     steps: list[str] = []
     export_model(small(), tmp_path / "out", steps.append)
-    assert steps == ["encoder-a", "encoder-b", "fusion", "head", "one-step law"]
+    assert steps == ["encoder-a", "encoder-b", "fusion", "head", "one-step law", "reference steps"]
 
 
 @pytest.mark.usefixtures("without_law")
@@ -311,7 +315,8 @@ def test_an_artifacts_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert export_model(model, out) == ModelManifest.load(out)
     assert ModelManifest.load(out).name == "second"
     assert {p.name for p in out.iterdir()} == {
-        MANIFEST_NAME, STATE_NAME, "encoder-a", "encoder-b", "fusion", "head", "optimizers"
+        MANIFEST_NAME, REFERENCE_NAME, STATE_NAME, "encoder-a", "encoder-b", "fusion", "head",
+        "optimizers",
     }  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -422,3 +427,36 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
     """`tempfile.mkdtemp` would keep it to its owner."""
     export_model(small(), tmp_path / "out")
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+# Other runtimes
+
+
+def test_another_runtime_takes_the_reference_steps(tmp_path: Path) -> None:
+    seen: list[str] = []
+    export_model(small(), tmp_path / "a", seen.append, check_with=[Path(sys.executable)])
+    assert seen[-2:] == ["reference steps", f"reference steps with {sys.executable}"]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 3", "do not run with .*: exit code 3"),
+        ("echo 'error: no onnxruntime' >&2; exit 2", "do not run with .*: error: no onnxruntime"),
+        (
+            'echo \'{"is_equal": false, "runtime": "onnxruntime 9", "largest_difference": 0.5, '
+            '"num_steps": 20, "tolerance": 0.0001, "reference_runtime": "onnxruntime 8"}\'; exit 1',
+            r"on onnxruntime 9 \(.*\) the losses of 20 local steps differ by 5\.0e-01",
+        ),
+        (None, "cannot run .*: No such file"),
+    ],
+)
+def test_another_runtime_that_differs(script: str | None, message: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    with pytest.raises(ModelError, match=message):
+        export_model(small(), tmp_path / "a", check_with=[python])
+    assert not (tmp_path / "a").exists()  # and nothing else is left
+    assert [path for path in tmp_path.iterdir() if path != python] == []

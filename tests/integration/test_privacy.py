@@ -319,7 +319,7 @@ def test_no_update_can_be_made_of_a_private_block(
     run: Run, acc_only: EdgeClient, block: str
 ) -> None:
     vector = np.zeros(run.manifest.block(block).size, np.float32)
-    result = TrainingResult({block: vector}, 21, 0.5)
+    result = TrainingResult({block: vector}, 21, (0.5,))
     pointer = wire.BlockVersion(1, "0" * 64)
     task = wire.Task(3, 0, hyperparameters(), 0, {block: pointer})
     with pytest.raises(
@@ -331,7 +331,7 @@ def test_no_update_can_be_made_of_a_private_block(
 def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -> None:
     """Nobody has told it what it may share: nothing."""
     vector = np.zeros(run.manifest.block("encoder-acc").size, np.float32)
-    result = TrainingResult({"encoder-acc": vector}, 21, 0.5)
+    result = TrainingResult({"encoder-acc": vector}, 21, (0.5,))
     task = wire.Task(3, 0, hyperparameters(), 0, {"encoder-acc": wire.BlockVersion(1, "0" * 64)})
     client = EdgeClient(run.server.url, store=tmp_path)
     with client, pytest.raises(ValueError, match="is not shared"):
