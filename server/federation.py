@@ -170,6 +170,10 @@ class Federation:
         self._advance_soon()
         return wire.Receipt(report.update_id, "accepted")
 
+    async def commit(self) -> None:
+        """Makes durable what has been accepted so far; receipts wait for it."""
+        await self._state.commit()
+
     def on_bytes_up(self, device: str, block: str, num_bytes: int) -> None:
         """Counts traffic of the open round."""
         if block in self.shared.blocks:

@@ -10,20 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sqlite3
+import time
 from collections import Counter
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from petalfl import topics, wire
-from petalfl.errors import WireError
-from petalfl.model import Block, ModelManifest
+from petalfl.errors import PetalError, WireError
+from petalfl.model import ModelManifest
 from petalfl.schema import NAME_REGEX
 from petalfl.transport import Transport
 
+from .conduct import MALFORMED_BYTES, Conduct, Standing
+from .transfers import MAX_ATTEMPTS, Transfers
+
 log = logging.getLogger("petalfl.server.gateway")
 
-MAX_PARTIALS_PER_DEVICE = 4  # a client sends its blocks one after another
+MAX_TRANSFER_BYTES = 64 << 20  # of all unfinished updates; or four of the longest block
+TOLERATED_BYTES = 16 << 20  # sent in vain by one device; and four of the longest block
 
 
 class Judge(Protocol):
@@ -36,43 +41,55 @@ class Judge(Protocol):
         """A device has left or was lost."""
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
-        """A whole, well-formed update; the receipt goes back to its device."""
+        """A whole, well-formed update; the receipt goes back to its device after a `commit`."""
 
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
         """A device has trained its round."""
+
+    async def commit(self) -> None:
+        """Makes durable what has been accepted so far."""
 
     def on_bytes_up(self, device: str, block: str, num_bytes: int) -> None:
         """So many bytes of a block's updates have come from a device."""
 
 
-@dataclass(slots=True)
-class _Partial:
-    """An update on its way: its manifest and the chunks that have come."""
-
-    manifest: wire.UpdateManifest
-    chunks: dict[int, bytes] = field(default_factory=dict)
-
-    def missing(self) -> set[int]:
-        return set(range(wire.num_chunks(self.manifest.num_bytes))) - self.chunks.keys()
-
-
 class Gateway:
     """Decodes, assembles and answers for one federation.
 
-    Memory for partial transfers is bounded: per device `MAX_PARTIALS_PER_DEVICE` updates, none
-    longer than its block.
+    Args:
+        cut_off: Called once with the name of a device that sends in vain without end; it should
+            end its login at the broker.
+        max_transfer_bytes: Of all unfinished updates; raised to four times the longest block.
+        now_s: A clock that never goes back.
     """
 
     def __init__(
-        self, transport: Transport, federation: str, manifest: ModelManifest, judge: Judge
+        self,
+        transport: Transport,
+        federation: str,
+        manifest: ModelManifest,
+        judge: Judge,
+        *,
+        cut_off: Callable[[str], None] = lambda device: None,
+        max_transfer_bytes: int = MAX_TRANSFER_BYTES,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refused: Counter[str] = Counter()  # by reason
         self._transport = transport
         self._federation = federation
-        self._blocks = {block.name: block for block in manifest.blocks if not block.is_frozen}
+        self._num_bytes = {b.name: 4 * b.size for b in manifest.blocks if not b.is_frozen}
         self._judge = judge
-        self._partials: dict[str, dict[bytes, _Partial]] = {}  # by device, by update_id
-        self._offline: set[str] = set()
+        longest = max(self._num_bytes.values(), default=0)
+        self.transfers = Transfers(max(max_transfer_bytes, 4 * longest), now_s)
+        self._conduct = Conduct(TOLERATED_BYTES + 4 * longest, now_s)
+        self._cut_off = cut_off
+        self._now_s = now_s
+        self._malformed: dict[str, str] = {}  # by device, why one since its last Fin was
+        self._has_left: set[str] = set()
+        self._is_cut_off: set[str] = set()
+        # Receipts wait until they are true after a crash, too; tasks for the receipts before them.
+        self._held: list[tuple[str, wire.Receipt | wire.Task | wire.Finish]] = []
+        self._committing: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -82,14 +99,18 @@ class Gateway:
 
     async def close(self) -> None:
         """Waits for what is on its way out, then leaves."""
+        if self._committing is not None:
+            await asyncio.wait((self._committing,), timeout=5)
         if self._sending:
             await asyncio.wait(self._sending, timeout=5)
         await self._transport.close()
 
     def send_task(self, device: str, message: wire.Task | wire.Finish) -> None:
         """Publishes a task to one device, in the background."""
-        topic = topics.tasks(self._federation, device)
-        self._send(self._transport.publish(topic, wire.encode(message)))
+        if self._is_committing:  # after the receipts that it follows from
+            self._held.append((device, message))
+        else:
+            self._publish(device, message)
 
     def publish_version(self, block: str, version: wire.BlockVersion) -> None:
         """Publishes the retained pointer to a block's newest version, in the background."""
@@ -98,96 +119,151 @@ class Gateway:
 
     def _receive(self, topic: str, payload: bytes) -> None:
         kind, block, device = _split(topic)
+        if self._drops(device, len(payload)):
+            return
         try:
             if not re.fullmatch(NAME_REGEX, device):  # a broker of ours lets no such login in
                 raise WireError("the topic names no device")
             message = wire.decode(payload)
             if kind == "up":
-                self._judge.on_bytes_up(device, block, len(payload))
-                self._receive_up(device, block, message)
+                self._receive_up(device, block, message, len(payload))
             elif kind == "req" and isinstance(message, wire.Ready):
-                if device not in self._offline:  # retained by a device that is gone
+                if device not in self._has_left:  # retained by a device that is gone
                     self._judge.on_ready(device, message)
             elif kind == "req" and isinstance(message, wire.Report):
                 self._answer(device, self._judge.on_report(device, message))
             elif kind == "status" and isinstance(message, wire.Status):
                 if message.is_online:
-                    self._offline.discard(device)
+                    self._has_left.discard(device)
                 else:
-                    self._offline.add(device)
+                    self._has_left.add(device)
                     self._judge.on_offline(device)
             else:
                 raise WireError(f"a {type(message).__name__} does not belong on this topic")
         except WireError as error:
             self.refused["malformed"] += 1
+            self._conduct.note(device, len(payload), MALFORMED_BYTES)
+            if kind == "up":
+                self._malformed[device] = str(error)[:256]
             log.warning("refused a message of %s bytes from %s: %s", len(payload), device, error)
+        except (PetalError, sqlite3.Error) as error:  # the disk is full, say: it asks again
+            self.refused["not stored"] += 1
+            log.error("cannot keep what %s sent: %s", device, error)
 
-    def _receive_up(self, device: str, block: str, message: wire.Message) -> None:
-        partials = self._partials.setdefault(device, {})
-        if isinstance(message, wire.UpdateManifest):
+    def _drops(self, device: str, num_bytes: int) -> bool:
+        standing = self._conduct.standing(device)
+        if standing is Standing.GOOD:
+            return False
+        self.refused[standing.value] += 1
+        self._conduct.note(device, num_bytes)
+        if standing is Standing.CUT_OFF and device not in self._is_cut_off:
+            self._is_cut_off.add(device)
+            log.error("device %s sends in vain without end: cut off", device)
+            self._cut_off(device)
+        return True
+
+    def _receive_up(self, device: str, block: str, message: wire.Message, num_bytes: int) -> None:
+        self._judge.on_bytes_up(device, block, num_bytes)
+        if isinstance(message, wire.Chunk):
+            self._add_chunk(device, message)
+        elif isinstance(message, wire.UpdateManifest):
             self._begin(device, block, message)
-        elif isinstance(message, wire.Chunk):
-            partial = partials.get(message.update_id)
-            if partial is None:
-                return  # its manifest was lost or the server restarted: the Fin will be answered
-            self._add_chunk(partial, message)
         elif isinstance(message, wire.Fin):
-            self._answer(device, self._finish(device, message.update_id))
+            receipt = self._finish(device, message.update_id)
+            if receipt is not None:
+                self._answer(device, receipt)
         else:
             raise WireError(f"a {type(message).__name__} does not belong on this topic")
 
     def _begin(self, device: str, block: str, manifest: wire.UpdateManifest) -> None:
-        expected = self._blocks.get(block)
+        expected = self._num_bytes.get(block)
         if expected is None or manifest.block != block:
             raise WireError(f"block {manifest.block!r} announced on the topic of {block!r}")
-        if manifest.num_bytes != 4 * expected.size:
+        if manifest.num_bytes != expected:
             raise WireError(
-                f"block {block}: {manifest.num_bytes} bytes announced, expected {4 * expected.size}"
+                f"block {block}: {manifest.num_bytes} bytes announced, expected {expected}"
             )
-        partials = self._partials[device]
-        known = partials.get(manifest.update_id)
-        if known is None:
-            while len(partials) >= MAX_PARTIALS_PER_DEVICE:
-                partials.pop(next(iter(partials)))  # the oldest: given up by its sender
-            partials[manifest.update_id] = _Partial(manifest)
-        elif known.manifest != manifest:
-            raise WireError(f"block {block}: another manifest under the same update_id")
+        self.transfers.announce(device, manifest)
+        self._ask_waiting()
 
-    def _add_chunk(self, partial: _Partial, chunk: wire.Chunk) -> None:
-        total = partial.manifest.num_bytes
-        start = chunk.index * wire.CHUNK_BYTES
-        expected = min(wire.CHUNK_BYTES, total - start)
-        if len(chunk.data) != expected:
-            raise WireError(
-                f"chunk {chunk.index} has {len(chunk.data)} bytes, expected {max(expected, 0)}"
-            )
-        partial.chunks[chunk.index] = chunk.data
+    def _add_chunk(self, device: str, chunk: wire.Chunk) -> None:
+        transfer = self.transfers.get(device, chunk.update_id)
+        if transfer is not None:
+            is_new = transfer.add(chunk, self._now_s())
+        else:  # waiting for room; or unknown after a restart, when the Fin will be answered
+            is_new = self.transfers.is_waiting(device, chunk.update_id)
+        if not is_new:
+            self._conduct.note(device, len(chunk.data))
 
-    def _finish(self, device: str, update_id: bytes) -> wire.Receipt:
-        partials = self._partials[device]
-        partial = partials.get(update_id)
-        if partial is None:
+    def _finish(self, device: str, update_id: bytes) -> wire.Receipt | None:
+        """The answer to a Fin; None where it must wait for its turn."""
+        malformed = self._malformed.pop(device, "")
+        transfer = self.transfers.get(device, update_id)
+        if transfer is None:
+            if self.transfers.is_waiting(device, update_id):
+                return None
+            self._conduct.note(device, 0)
+            if malformed:  # what was to announce it: to ask for it again would go on forever
+                return wire.Receipt(update_id, "rejected", malformed)
             return wire.Receipt(update_id, "missing")
-        manifest = partial.manifest
-        if missing := partial.missing():
-            bitmap = wire.missing_bitmap(missing, wire.num_chunks(manifest.num_bytes))
-            return wire.Receipt(update_id, "missing", missing=bitmap)
-        del partials[update_id]
-        payload = b"".join(partial.chunks[i] for i in sorted(partial.chunks))
-        block: Block = self._blocks[manifest.block]
+        if transfer.missing:
+            transfer.num_bad_attempts += bool(malformed)
+            if transfer.num_bad_attempts < MAX_ATTEMPTS:
+                return transfer.request()
+            self._end(device, update_id)
+            return wire.Receipt(update_id, "rejected", malformed)
+        self._end(device, update_id)
+        size = transfer.manifest.num_bytes // 4
         try:
-            update = wire.decode_payload(manifest, payload, device, block.size)
+            update = wire.decode_payload(transfer.manifest, transfer.payload, device, size)
         except WireError as error:
             self.refused["payload"] += 1
+            self._conduct.note(device, transfer.manifest.num_bytes)
             return wire.Receipt(update_id, "rejected", str(error))
         receipt = self._judge.on_update(update)
         if receipt.status == "rejected":
             self.refused["update"] += 1
+            self._conduct.note(device, MALFORMED_BYTES)
         return receipt
 
+    def _end(self, device: str, update_id: bytes) -> None:
+        self.transfers.end(device, update_id)
+        self._ask_waiting()
+
+    def _ask_waiting(self) -> None:
+        for begun in self.transfers.begin_waiting():
+            self._publish(begun.device, begun.request())
+
     def _answer(self, device: str, receipt: wire.Receipt) -> None:
-        topic = topics.acks(self._federation, device)
-        self._send(self._transport.publish(topic, wire.encode(receipt)))
+        if receipt.status != "accepted":
+            self._publish(device, receipt)
+            return
+        self._held.append((device, receipt))
+        if not self._is_committing:
+            self._committing = asyncio.create_task(self._commit())
+
+    @property
+    def _is_committing(self) -> bool:
+        return self._committing is not None and not self._committing.done()
+
+    async def _commit(self) -> None:
+        """Lets receipts go once what they say is durable; more gather meanwhile."""
+        while self._held:
+            held, self._held = self._held, []
+            try:
+                await self._judge.commit()
+            except (PetalError, sqlite3.Error) as error:
+                kept = [one for one in held if not isinstance(one[1], wire.Receipt)]
+                self.refused["not stored"] += len(held) - len(kept)
+                log.error("%d receipts are held back: %s", len(held) - len(kept), error)
+                held = kept
+            for device, message in held:
+                self._publish(device, message)
+
+    def _publish(self, device: str, message: wire.Receipt | wire.Task | wire.Finish) -> None:
+        address = topics.acks if isinstance(message, wire.Receipt) else topics.tasks
+        topic = address(self._federation, device)
+        self._send(self._transport.publish(topic, wire.encode(message)))
 
     def _send(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from petalfl.model import Block
-from petalfl.vectors import Vector, from_bytes, to_bytes
+from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate, Report
 
 from .history import History
+from .journal import DATABASE, Journal
+from .journal import SCHEMA as JOURNAL_SCHEMA
 from .norms import norm_of
 from .optimizers import OptimizerState
 from .rounds import Assignment
@@ -51,17 +53,6 @@ CREATE TABLE IF NOT EXISTS tasks (
     device TEXT, round_num INTEGER, blocks TEXT NOT NULL, opened_in INTEGER NOT NULL,
     asked_at_s REAL NOT NULL, PRIMARY KEY (device, round_num));
 CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (opened_in);
-CREATE TABLE IF NOT EXISTS updates (
-    update_id BLOB PRIMARY KEY, round_num INTEGER NOT NULL, device TEXT NOT NULL,
-    block TEXT NOT NULL, base_version INTEGER NOT NULL, num_examples INTEGER NOT NULL,
-    delta BLOB, norm REAL NOT NULL, closed_in INTEGER, version INTEGER,
-    UNIQUE (device, round_num, block));
-CREATE INDEX IF NOT EXISTS updates_by_round ON updates (closed_in);
-CREATE TABLE IF NOT EXISTS reports (
-    device TEXT, round_num INTEGER, update_id BLOB NOT NULL, num_examples INTEGER NOT NULL,
-    loss REAL NOT NULL, arrived_in INTEGER NOT NULL, arrived_at_s REAL NOT NULL,
-    PRIMARY KEY (device, round_num));
-CREATE INDEX IF NOT EXISTS reports_by_round ON reports (arrived_in);
 CREATE TABLE IF NOT EXISTS versions (
     block TEXT, version INTEGER, sha256 TEXT NOT NULL, round_num INTEGER NOT NULL,
     PRIMARY KEY (block, version));
@@ -112,19 +103,28 @@ class ServerState:
         except OSError as error:
             raise StateError(f"cannot open the data folder {folder}: {error}") from error
         try:
-            self._db = _open_database(folder / "state.sqlite")
+            self._db = _open_database(folder / DATABASE)
         except sqlite3.Error as error:
             os.close(self._lock)
             raise StateError(f"cannot open {folder / 'state.sqlite'}: {error}") from error
         except StateError:
             os.close(self._lock)
             raise
+        try:
+            self._journal = Journal(self._db, folder)
+        except StateError:
+            self._db.close()
+            os.close(self._lock)
+            raise
         self.history = History(self._db)
 
     def close(self) -> None:
-        """Lets another server open the folder."""
-        self._db.close()
-        os.close(self._lock)
+        """Makes durable what is not, and lets another server open the folder."""
+        try:
+            self._journal.close()
+        finally:
+            self._db.close()
+            os.close(self._lock)
 
     # Settings
 
@@ -203,6 +203,7 @@ class ServerState:
 
     def candidates(self) -> dict[str, Candidate]:
         """By device that was ever asked, its record."""
+        self._journal.commit()
         found: dict[str, Candidate] = {}
         tasks = self._db.execute(
             "SELECT device, COUNT(*), MAX(opened_in) FROM tasks GROUP BY device"
@@ -239,6 +240,7 @@ class ServerState:
                 where it was dropped.
             closing: Closes the round with this step, and opens the next where it says so.
         """
+        self._journal.commit()
         for new in versions:
             write_version(self.folder, new)
         with self._transaction():
@@ -269,38 +271,33 @@ class ServerState:
     # The journal
 
     def journal_update(self, update: BlockUpdate) -> None:
-        """Makes an accepted update durable; its receipt may go out when this returns."""
-        row = (update.update_id, update.round_num, update.device, update.block,
-               update.base_version, update.num_examples, to_bytes(update.delta),
-               norm_of(update.delta))  # fmt: skip
-        self._db.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", row)
+        """Writes an accepted update; its receipt may go out after a `commit`."""
+        self._journal.append(update, norm_of(update.delta))
+
+    def journal_report(self, device: str, report: Report, arrived_in: int, now_s: float) -> None:
+        """The same for a report; the first of a device's task stands."""
+        self._journal.append_report(device, report, arrived_in, now_s)
+
+    async def commit(self) -> None:
+        """Makes durable what was journaled before the call.
+
+        Raises:
+            StateError: It is not.
+        """
+        await self._journal.commit_on_thread()
 
     def has_update(self, update_id: bytes) -> bool:
         """Whether an update of whatever round was accepted under this id."""
-        query = "SELECT 1 FROM updates WHERE update_id = ?"
-        return self._db.execute(query, (update_id,)).fetchone() is not None
-
-    def journal_report(self, device: str, report: Report, arrived_in: int, now_s: float) -> None:
-        """Makes a report durable; the first of a device's task stands."""
-        row = (device, report.round_num, report.update_id, report.num_examples, report.loss)
-        self._db.execute(
-            "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, arrived_in, now_s)
-        )
+        return self._journal.has(update_id)
 
     def unconsumed_updates(self, sizes: Mapping[str, int]) -> Iterator[BlockUpdate]:
         """The accepted updates that no step has consumed, in order of arrival."""
-        rows = self._db.execute(
-            "SELECT update_id, device, block, round_num, base_version, num_examples, delta "
-            "FROM updates WHERE closed_in IS NULL ORDER BY rowid"
-        )
-        for update_id, device, block, round_num, base_version, num_examples, delta in rows:
-            vector = from_bytes(delta, sizes[block])
-            yield BlockUpdate(
-                update_id, device, block, round_num, base_version, num_examples, vector
-            )
+        self._journal.commit()
+        return self._journal.unconsumed(sizes)
 
     def sent_updates(self, since: int) -> list[tuple[str, str, bytes]]:
         """Device, block and update_id of the accepted updates of the `newest_tasks`."""
+        self._journal.commit()
         return self._db.execute(
             "SELECT device, block, update_id FROM updates "
             f"JOIN {_NEWEST} USING (device, round_num)",
@@ -309,6 +306,7 @@ class ServerState:
 
     def journaled_reports(self, since: int) -> dict[str, Report]:
         """By device, its report on its newest task, if there is one; as of `newest_tasks`."""
+        self._journal.commit()
         rows = self._db.execute(
             "SELECT device, update_id, round_num, num_examples, loss FROM reports "
             f"JOIN {_NEWEST} USING (device, round_num)",
@@ -318,6 +316,7 @@ class ServerState:
 
     def reports_in(self, round_num: int) -> list[Report]:
         """The reports that arrived while a round was open."""
+        self._journal.commit()
         rows = self._db.execute(
             "SELECT update_id, round_num, num_examples, loss FROM reports WHERE arrived_in = ?",
             (round_num,),
@@ -380,7 +379,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
         _check_format(db, path)
-        db.executescript(_SCHEMA)
+        db.executescript(_SCHEMA + JOURNAL_SCHEMA)
         db.execute(f"PRAGMA user_version={_FORMAT}")
     except (sqlite3.Error, StateError):
         db.close()

@@ -55,6 +55,7 @@ allow_anonymous false
 plugin {_find_plugin()}
 plugin_opt_config_file {logins}
 max_queued_messages 100000
+set_tcp_nodelay true
 persistence false
 user {getpass.getuser()}
 """

@@ -216,6 +216,8 @@ class MqttTransport:
     # notes; `_register` acts on them afterwards, on the event loop.
 
     def _socket_opened(self, c: object, u: object, opened: Any) -> None:
+        # Else a small message waits for the ACK of the one before, up to 40 ms.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = opened
 
     def _register(self) -> None:

@@ -7,6 +7,7 @@ one process, for tests and studies.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -15,6 +16,7 @@ from paho.mqtt.client import topic_matches_sub
 
 Handler: TypeAlias = Callable[[str, bytes], None]
 log = logging.getLogger("petalfl.transport")
+_matches = functools.lru_cache(4096)(topic_matches_sub)  # which builds a tree each time
 
 
 class Transport(Protocol):
@@ -46,7 +48,7 @@ class Transport(Protocol):
 def dispatch(handlers: dict[str, Handler], topic: str, payload: bytes) -> None:
     """Calls every handler whose filter matches; what a handler raises is logged, not spread."""
     for topic_filter, handler in list(handlers.items()):
-        if topic_matches_sub(topic_filter, topic):
+        if _matches(topic_filter, topic):
             try:
                 handler(topic, payload)
             except Exception:

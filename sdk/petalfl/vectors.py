@@ -12,11 +12,12 @@ Vector: TypeAlias = NDArray[np.float32]  # (block.size,)
 
 def to_bytes(vector: Vector) -> bytes:
     """The vector as little-endian float32: stored, sent and served in this form alone."""
+    vector.flags.writeable = False
     return vector.astype("<f4", copy=False).tobytes()
 
 
-def from_bytes(data: bytes, size: int) -> Vector:
-    """The inverse of `to_bytes`, read-only.
+def from_bytes(data: bytes | memoryview, size: int) -> Vector:
+    """The inverse of `to_bytes`, read-only and without a copy.
 
     Raises:
         ValueError: The length is not that of ``size`` parameters, or a value is not finite.
@@ -26,4 +27,5 @@ def from_bytes(data: bytes, size: int) -> Vector:
     vector = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
     if not np.isfinite(vector).all():
         raise ValueError("a value is NaN or infinite")
+    vector.flags.writeable = False
     return vector

@@ -234,7 +234,9 @@ class BlockUpdate:
     delta: Vector
 
 
-def decode_payload(manifest: UpdateManifest, payload: bytes, device: str, size: int) -> BlockUpdate:
+def decode_payload(
+    manifest: UpdateManifest, payload: bytes | memoryview, device: str, size: int
+) -> BlockUpdate:
     """The update in a complete payload.
 
     Args:

@@ -241,6 +241,7 @@ class FakeJudge:
     offline: list[str] = field(default_factory=list)
     bytes_up: list[tuple[str, str, int]] = field(default_factory=list)
     verdict: str = ""  # a reason to reject updates
+    num_commits: int = 0
 
     def on_ready(self, device: str, ready: wire.Ready) -> None:
         self.ready.append((device, ready))
@@ -257,6 +258,9 @@ class FakeJudge:
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
         self.reports.append((device, report))
         return wire.Receipt(report.update_id, "accepted")
+
+    async def commit(self) -> None:
+        self.num_commits += 1
 
     def on_bytes_up(self, device: str, block: str, num_bytes: int) -> None:
         self.bytes_up.append((device, block, num_bytes))
@@ -309,6 +313,9 @@ class Door:
         data = message if isinstance(message, bytes) else wire.encode(message)
         await self.client.publish(topic, data)
         await settle()
+        if self.gateway._committing is not None:
+            await self.gateway._committing
+            await settle()
 
     @property
     def receipts(self) -> list[wire.Receipt]:
@@ -414,6 +421,7 @@ class Run:
                 assert self.federation.on_update(update).status == "accepted"
             report = make_report(device, round_num=round_num)
             assert self.federation.on_report(device, report).status == "accepted"
+        await self.federation.commit()
         await settle()
 
 

@@ -20,6 +20,7 @@ from petalfl.vectors import to_bytes
 from server.buffers import BlockResult
 from server.config import ConfigError
 from server.federation import Federation
+from server.journal import read_delta
 from tests.server.builders import (
     ENROLLED,
     FED,
@@ -194,16 +195,21 @@ async def test_the_learning_rate_follows_the_schedule(site: Site) -> None:
 # Updates
 
 
-async def test_an_update_is_in_the_journal_when_its_receipt_exists(
+async def test_an_update_is_in_the_journal_after_the_commit_that_its_receipt_waits_for(
     site: Site, other_db: sqlite3.Connection
 ) -> None:
     with site.run(ready=["watch"]) as run:
         update = make_update("watch", "head", np.arange(8), num_examples=5)
         receipt = run.federation.on_update(update)
         assert receipt == wire.Receipt(update.update_id, "accepted")
-        query = "SELECT update_id, device, block, num_examples, delta FROM updates"
-        expected = (update.update_id, "watch", "head", 5, to_bytes(update.delta))
-        assert other_db.execute(query).fetchall() == [expected]
+        await run.federation.commit()
+        query = (
+            "SELECT update_id, device, block, num_examples, delta, num_bytes, crc32 FROM updates"
+        )
+        [(*fields, position, num_bytes, crc32)] = other_db.execute(query).fetchall()
+        assert fields == [update.update_id, "watch", "head", 5]
+        stored = read_delta(site.data_dir / "journal", position, num_bytes, crc32)
+        assert stored == to_bytes(update.delta)
 
 
 async def test_without_the_journal_there_is_no_receipt(
@@ -219,7 +225,7 @@ async def test_without_the_journal_there_is_no_receipt(
         messages = messages_of(make_update("watch", "head", 2.0))
         await door.send("head", *messages)
         assert door.receipts == []
-        assert result(run, "head").delta is None
+        assert door.gateway.refused == {"not stored": 1}
         other_db.execute("DROP TRIGGER fault")
         await door.send("head", *messages)
         assert [one.status for one in door.receipts] == ["accepted"]
@@ -233,6 +239,7 @@ async def test_a_redelivered_update_counts_once(site: Site) -> None:
             receipt = run.federation.on_update(update)
             assert receipt == wire.Receipt(update.update_id, "accepted")
         run.federation.on_update(make_update("phone", "head", 1.0, num_examples=1))
+        await run.federation.commit()
         assert run.state.history.totals()["updates_accepted"] == 2
         delta = result(run, "head").delta
         assert delta is not None

@@ -16,7 +16,8 @@ from petalfl.training import Hyperparameters
 from petalfl.transport import MemoryBroker
 from petalfl.vectors import to_bytes
 from petalfl.wire import CHUNK_BYTES
-from server.gateway import MAX_PARTIALS_PER_DEVICE, Gateway
+from server.gateway import Gateway
+from server.transfers import MAX_ATTEMPTS, MAX_PER_DEVICE
 from tests.server.builders import (
     FED,
     Door,
@@ -62,11 +63,10 @@ class Gate(Door):
         return dict(self.gateway.refused)
 
     def num_partials(self) -> int:
-        return len(self.gateway._partials.get(DEVICE, {}))
+        return len(self.gateway.transfers)
 
     def held_bytes(self) -> int:
-        partials = self.gateway._partials.get(DEVICE, {}).values()
-        return sum(len(chunk) for partial in partials for chunk in partial.chunks.values())
+        return self.gateway.transfers.num_bytes
 
     def assert_counts_once(self, update: wire.BlockUpdate = UPDATE) -> None:
         [found] = self.judge.updates
@@ -229,7 +229,9 @@ async def test_a_manifest_that_does_not_fit_is_refused(gate: Gate, case: str) ->
     gate.assert_untouched(malformed=1)
     assert gate.num_partials() == 0
     await gate.send(block, *CHUNKS, FIN)
-    assert gate.receipts == [wire.Receipt(UPDATE.update_id, "missing")]
+    [receipt] = gate.receipts  # or its device would send it again and again
+    assert receipt.update_id == UPDATE.update_id and receipt.status == "rejected"
+    assert receipt.reason.startswith("block")
     assert gate.held_bytes() == 0
 
 
@@ -254,11 +256,27 @@ BAD_CHUNKS = {
 async def test_a_chunk_that_does_not_fit_is_refused(gate: Gate, case: str) -> None:
     await gate.send("big", BEGIN, BAD_CHUNKS[case])
     gate.assert_untouched(malformed=1)
-    assert gate.held_bytes() == 0
     await gate.send("big", FIN)
     assert gate.receipts == [missing(0, 1, 2, 3)]
     await gate.send("big", *CHUNKS, FIN)
     gate.assert_counts_once()
+
+
+async def test_a_device_that_sends_wrong_chunks_again_and_again_is_told_to_stop(gate: Gate) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        await gate.send("big", BEGIN, BAD_CHUNKS["short"], FIN)
+    statuses = [receipt.status for receipt in gate.receipts]
+    assert statuses == ["missing"] * (MAX_ATTEMPTS - 1) + ["rejected"]
+    assert "chunk 1 has 122879 bytes" in gate.receipts[-1].reason
+    assert gate.num_partials() == 0
+
+
+async def test_an_announcement_that_cannot_be_read_ends_in_a_rejection(gate: Gate) -> None:
+    fields = wire.encode(BEGIN).replace(b"\xa3f32", b"\xa3f99")
+    await gate.send("big", fields, *CHUNKS, FIN)
+    assert [receipt.status for receipt in gate.receipts] == ["rejected"]
+    assert "f99" in gate.receipts[0].reason
+    gate.assert_untouched(malformed=1)
 
 
 async def test_a_payload_with_another_digest_is_rejected(gate: Gate) -> None:
@@ -354,7 +372,7 @@ def test_arbitrary_bytes_raise_nothing_and_are_no_update(arrived: list[tuple[str
         assert gate.transport.raised == []
         for update in gate.judge.updates:  # only where the mutation changed nothing
             assert to_bytes(update.delta) == to_bytes(HEAD.delta)
-        assert gate.num_partials() <= MAX_PARTIALS_PER_DEVICE
+        assert gate.num_partials() <= MAX_PER_DEVICE
 
     asyncio.run(scenario())
 
@@ -386,16 +404,16 @@ async def test_a_topic_with_a_bad_device_name_raises_nothing(gate: Gate) -> None
 
 
 async def test_too_many_partial_updates_push_out_the_oldest(gate: Gate) -> None:
-    updates = [make_big(seed) for seed in range(MAX_PARTIALS_PER_DEVICE + 2)]
+    updates = [make_big(seed) for seed in range(MAX_PER_DEVICE + 2)]
     for update in updates:
         begin, first, *_ = messages_of(update)
         await gate.send("big", begin, first)
-    assert gate.num_partials() == MAX_PARTIALS_PER_DEVICE
-    assert gate.held_bytes() == MAX_PARTIALS_PER_DEVICE * CHUNK_BYTES
+    assert gate.num_partials() == MAX_PER_DEVICE
+    assert gate.held_bytes() == MAX_PER_DEVICE * 4 * BIG
     for update in updates:
         await gate.send("big", wire.Fin(update.update_id))
     rest = bytes([0b1110])
-    assert [r.missing for r in gate.receipts] == [b"", b""] + [rest] * MAX_PARTIALS_PER_DEVICE
+    assert [r.missing for r in gate.receipts] == [b"", b""] + [rest] * MAX_PER_DEVICE
     assert gate.judge.updates == [] and gate.transport.raised == []
 
 
@@ -406,13 +424,13 @@ async def test_memory_stays_bounded_under_a_flood(gate: Gate) -> None:
         for chunk in CHUNKS:
             assert isinstance(chunk, wire.Chunk)
             await gate.send("big", *[replace(chunk, update_id=update_id)] * 2)
-        assert gate.held_bytes() <= MAX_PARTIALS_PER_DEVICE * 4 * BIG
-    assert gate.num_partials() == MAX_PARTIALS_PER_DEVICE
+        assert gate.held_bytes() <= MAX_PER_DEVICE * 4 * BIG
+    assert gate.num_partials() == MAX_PER_DEVICE
 
 
 async def test_one_devices_flood_pushes_out_nothing_of_another(gate: Gate) -> None:
     await gate.send("big", BEGIN, *CHUNKS)
-    for seed in range(MAX_PARTIALS_PER_DEVICE + 1):
+    for seed in range(MAX_PER_DEVICE + 1):
         flood = altered(update_id=make_id("flood", seed))
         await gate.publish(topics.block_up(FED, "big", "phone"), flood)
     await gate.send("big", FIN)
