@@ -199,6 +199,7 @@ class Script:
                 for step in self.steps(run, device):
                     step()
                 await settle()
+            await run.federation.commit()
             accepted = run.state.history.totals()["updates_accepted"]
             pending = len(list(run.state.unconsumed_updates(SIZES)))
         root = self.site.data_dir / "blocks"
