@@ -40,7 +40,8 @@ def command(start: str) -> list[str]:
 
 
 def test_there_is_nothing_else_to_run() -> None:
-    known = ("make ", "source .venv", "python -m export", "python -m server", "python -m examples")
+    known = ("make ", "source .venv", "python -m export", "python -m petalfl check",
+             "python -m server", "python -m examples")  # fmt: skip
     assert all(line.startswith(known) for line in COMMANDS)
     assert len(PYTHON) == 2
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
@@ -69,6 +70,7 @@ def test_links_lead_somewhere() -> None:
 def test_export_serve_and_embed(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(PYTHON[0])
     run_all("python -m export my_model", tmp_path)
+    run_all("python -m petalfl check", tmp_path)
     with running_server(tmp_path) as (url, token):
         apps = [start_app(tmp_path / f"app-{i}", i, url, token) for i in range(2)]
         outputs = [app.communicate(timeout=120)[0] for app in apps]
