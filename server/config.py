@@ -1,36 +1,22 @@
-"""The server's configuration: one frozen value, made by the command line."""
+"""The configuration of one federation: one frozen value, made of its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from petalfl.errors import PetalError
 from petalfl.model import ModelManifest
+from petalfl.schema import read
 from petalfl.training import Hyperparameters
 
+from .options import BY_KEY, ConfigError, PerBlock
 from .schedules import ScheduleName
+from .settings import Setting, Settings
 
-
-class ConfigError(PetalError):
-    """A setting that cannot be used; the message names it."""
-
+__all__ = ["SCHEMES", "Config", "ConfigError", "PerBlock", "make_config", "private_blocks"]
 
 Mode: TypeAlias = Literal["sync", "async"]
-
-
-@dataclass(frozen=True, slots=True)
-class PerBlock:
-    """A number for every block, and others for some of them."""
-
-    default: int
-    by_block: Mapping[str, int] = field(default_factory=dict)
-
-    def __call__(self, block: str) -> int:
-        """The number of this block."""
-        return self.by_block.get(block, self.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +32,8 @@ class Config:
         mode: sync: all blocks step together when their cohort has reported; async (FedBuff, per
             block): each block steps when its buffer is full, and nobody waits for anybody.
         selection: Who of those ready is in the cohort, as `parse_selection` reads it.
-        cohort_size: The reports that close a round; 0: those of all ready devices.
-        over_selection: So many times as many devices are asked, and the slowest not waited for.
+        cohort_size: The reports that close a round; 0: those of all that were asked.
+        over_selection: So many times as many devices are asked as are waited for.
         quorum: A block with fewer updates keeps its version.
         buffer_size: In mode async: the updates that make up a block's next version.
         max_staleness: In mode async: an update's base may be so many versions old.
@@ -70,8 +56,8 @@ class Config:
     selection: str = "all"
     cohort_size: int = 0
     over_selection: float = 1.0
-    quorum: PerBlock = PerBlock(1)
-    buffer_size: PerBlock = PerBlock(10)
+    quorum: PerBlock = field(default_factory=lambda: PerBlock(1))
+    buffer_size: PerBlock = field(default_factory=lambda: PerBlock(10))
     max_staleness: int = 20
     max_upload_bytes: int = 0
     aggregator: str = "weighted-mean"
@@ -85,14 +71,110 @@ class Config:
         return self.mode == "async"
 
 
+def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Config:
+    """The configuration that a federation's settings make for a model.
+
+    Raises:
+        ConfigError: Some setting is impossible, by itself or next to another.
+    """
+    value = {key: setting.value for key, setting in settings.items()}
+    if value["schedule"] == "cosine" and not value["rounds"]:
+        raise ConfigError(
+            f"{_label('schedule', settings)} cosine needs --rounds; choose --schedule constant"
+        )
+    config = Config(
+        artifacts=value["artifacts"],
+        data_dir=value["data_dir"],
+        federation=name,
+        private_blocks=_private(settings, manifest),
+        num_rounds=value["rounds"],
+        min_devices=value["min_devices"],
+        deadline_s=value["deadline"],
+        hyperparameters=_hyperparameters(settings),
+        schedule=value["schedule"] or ("cosine" if value["rounds"] else "constant"),
+        seed=value["seed"],
+        server_optimizer=_server_optimizer(settings),
+        **{key: value[key] for key in _AS_THEY_ARE},
+    )
+    _check(config, settings, manifest)
+    return config
+
+
+_AS_THEY_ARE = (
+    "mode", "selection", "cohort_size", "over_selection", "quorum", "buffer_size",
+    "max_staleness", "max_upload_bytes", "aggregator", "weighting", "max_update_norm",
+)  # fmt: skip
+
+
+def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
+    shared = [
+        block
+        for block in manifest.blocks
+        if not block.is_frozen and block.name not in config.private_blocks
+    ]
+    for key in ("quorum", "buffer_size"):
+        known = {block.name for block in shared}
+        if unknown := sorted(settings[key].value.by_block.keys() - known):
+            raise ConfigError(f"{_label(key, settings)}: {unknown[0]!r} is no shared block")
+    if config.is_async and not shared:
+        raise ConfigError(f"{_label('mode', settings)}: async needs a block that is shared")
+    if config.is_async and config.selection != "all":
+        raise ConfigError(
+            f"{_label('selection', settings)}: there is none in mode async, where every ready "
+            "device has a task"
+        )
+    smallest = min((4 * block.size for block in shared), default=0)
+    if 0 < config.max_upload_bytes < smallest:
+        raise ConfigError(
+            f"{_label('max_upload_bytes', settings)}: found {config.max_upload_bytes}, the "
+            f"smallest shared block has {smallest}"
+        )
+
+
+def _server_optimizer(settings: Settings) -> str:
+    """``server_momentum`` is short for an optimizer."""
+    beta, named = settings["server_momentum"], settings["server_optimizer"]
+    if not beta.value:
+        return str(named.value)
+    if named.source != "default":
+        raise ConfigError(
+            f"{_label('server_momentum', settings)}: the server optimizer is {named.value} already"
+        )
+    try:
+        return str(BY_KEY["server_optimizer"].read(f"momentum:{beta.value}"))
+    except ValueError as error:
+        raise ConfigError(f"{_label('server_momentum', settings)}: {error}") from error
+
+
+def _hyperparameters(settings: Settings) -> Hyperparameters:
+    """By the schema that the devices' tasks are read with."""
+    known: dict[str, Any] = {f.name: settings[f.name].value for f in fields(Hyperparameters)}
+    if not known["learning_rate"]:
+        raise ConfigError(f"{_label('learning_rate', settings)}: found 0, expected more than 0")
+    try:
+        return read(Hyperparameters, known, "-")
+    except ValueError as error:
+        name, _, reason = str(error).removeprefix("-.").partition(":")
+        raise ConfigError(f"{_label(name, settings)}:{reason}") from error
+
+
+def _label(key: str, settings: Settings) -> str:
+    """What a message calls a setting: by the flag or variable, or by its file or default."""
+    source = settings.get(key, Setting(None, "default")).source
+    if source.startswith(("--", "PETALFL_")):
+        return source
+    return f"--{BY_KEY[key].name}" if source == "default" else f"{source}: {key}"
+
+
 SCHEMES = ("fm", "ph", "phf", "local")
+_LONG_NAMES = {"full-model": "fm", "private-head": "ph", "private-head-fusion": "phf"}
 
 
 def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
     """The blocks that a sharing scheme keeps on the devices.
 
-    ``fm`` (full-model) shares all, ``ph`` (private-head) keeps the head, ``phf``
-    (private-head-fusion) keeps head and fusion, ``local`` shares nothing; the empty string is
+    ``fm`` (full-model) shares all, ``ph`` (private-head) keeps the heads, ``phf``
+    (private-head-fusion) keeps heads and fusion, ``local`` shares nothing; the empty string is
     the manifest's own default. Frozen blocks are not among them: they are nobody's to keep.
 
     Raises:
@@ -107,11 +189,30 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
         "phf": ("fusion", "head"),
         "local": ("encoder", "fusion", "head"),
     }
-    if scheme and scheme not in kept:
+    short = _LONG_NAMES.get(scheme, scheme)
+    if short and short not in kept:
         raise ConfigError(f"unknown scheme {scheme!r}, expected one of {', '.join(SCHEMES)}")
     return tuple(
         block.name
         for block in manifest.blocks
         if not block.is_frozen
-        and (block.kind in kept[scheme] if scheme else block.name in manifest.private_blocks)
+        and (block.kind in kept[short] if short else block.name in manifest.private_blocks)
     )
+
+
+def _private(settings: Settings, manifest: ModelManifest) -> tuple[str, ...]:
+    """By a list of blocks, or by a scheme."""
+    scheme, listed = settings["scheme"].value, settings["private_blocks"].value
+    if not listed:
+        return private_blocks(scheme, manifest)
+    if scheme:
+        raise ConfigError(
+            f"{_label('private_blocks', settings)}: there is a scheme, too; choose one of them"
+        )
+    trainable = [block.name for block in manifest.blocks if not block.is_frozen]
+    if unknown := [name for name in listed if name not in trainable]:
+        raise ConfigError(
+            f"{_label('private_blocks', settings)}: {unknown[0]!r} is no block of the model that "
+            f"trains; those are {', '.join(trainable)}"
+        )
+    return tuple(name for name in trainable if name in listed)

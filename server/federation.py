@@ -109,6 +109,16 @@ class Federation:
         self._sender = None
         self.flush_traffic()
 
+    def reconfigure(self, config: Config) -> None:
+        """Goes by other settings, from the next round on where one is open.
+
+        Model, places, sharing, mode and seed must be the same.
+        """
+        self._next_config = config
+        if self.round is None:
+            self._use(config)
+            self._advance_soon()
+
     @property
     def round_num(self) -> int:
         """The open round, or the last one that was closed."""
@@ -345,10 +355,15 @@ class Federation:
     def _close(self, closed: Round, closing: Closing) -> None:
         log.info("%s", self._tally.line(closed.round_num, closing.loss, self.shared.blocks))
         self._tally = Tally()
-        if closing.has_next:
+        self.round = None
+        if closing.has_next and self._next_config == self.config:
             closed.round_num += 1
+            self.round = closed
+        elif closing.has_next:
+            self._use(self._next_config)
+            self.round = self._from_journal(closed.round_num + 1)
         else:
-            self.round = None
+            self._use(self._next_config)
         if self._is_over():
             self.finished.set()
             for device in self.roster.ready:
@@ -396,7 +411,7 @@ class Federation:
     # Settings
 
     def _use(self, config: Config) -> None:
-        self.config = config
+        self.config = self._next_config = config
         self._aggregator = parse_aggregator(config.aggregator)
         self._optimizer = parse_optimizer(config.server_optimizer)
 

@@ -91,6 +91,7 @@ class Gateway:
         self._held: list[tuple[str, wire.Receipt | wire.Task | wire.Finish]] = []
         self._committing: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def open(self) -> None:
         """Subscribes to everything that devices send."""
@@ -98,12 +99,15 @@ class Gateway:
             await self._transport.subscribe(topic_filter, self._receive)
 
     async def close(self) -> None:
-        """Waits for what is on its way out, then leaves."""
+        """Hears nothing more, and waits for what is on its way out.
+
+        The transport stays open: it may be that of other federations, too.
+        """
+        self._is_closed = True
         if self._committing is not None:
             await asyncio.wait((self._committing,), timeout=5)
         if self._sending:
             await asyncio.wait(self._sending, timeout=5)
-        await self._transport.close()
 
     def send_task(self, device: str, message: wire.Task | wire.Finish) -> None:
         """Publishes a task to one device, in the background."""
@@ -119,7 +123,7 @@ class Gateway:
 
     def _receive(self, topic: str, payload: bytes) -> None:
         kind, block, device = _split(topic)
-        if self._drops(device, len(payload)):
+        if self._is_closed or self._drops(device, len(payload)):
             return
         try:
             if not re.fullmatch(NAME_REGEX, device):  # a broker of ours lets no such login in

@@ -13,13 +13,11 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from petalfl.errors import ModelError, PetalError
 from petalfl.model import MANIFEST_NAME, OPTIMIZERS_FOLDER
@@ -29,6 +27,7 @@ from petalfl.store import Identity
 from .broker import Broker
 from .federation import Federation
 from .gateway import Gateway
+from .metrics import Source, metrics_text
 from .state import ServerState
 
 log = logging.getLogger("petalfl.server.web")
@@ -36,6 +35,7 @@ log = logging.getLogger("petalfl.server.web")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 DeviceHandler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 MAX_REQUEST_BYTES = 64 * 1024
+NO_TOKEN = "wrong or no token; the server printed it at start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class WebApp:
         self._state = state
         self._broker = broker
         self._gateway = gateway
-        self._token = token
+        self.token = token
+        self.name = federation.config.federation
         self._started_s = time.monotonic()
         manifest = federation.manifest
         files = [
@@ -70,43 +71,42 @@ class WebApp:
             *(block.artifacts.parameters for block in manifest.blocks),
         ]
         self._artifacts = {artifact.path: artifact for artifact in files}
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.siblings: Sequence[WebApp] = ()
+        self.source = Source(federation, state, gateway)
 
-    def build(self) -> web.Application:
-        """The aiohttp application."""
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_errors_as_text])
-        root = f"/v1/{self._federation.config.federation}"
-        app.add_routes(
-            [
-                web.get("/healthz", self._healthz),
-                web.get("/metrics", self._for_operator(self._metrics)),
-                web.post(f"{root}/enroll", self._for_operator(self._enroll)),
-                web.get(f"{root}/status", self._for_operator(self._status)),
-                web.get(f"{root}/rounds", self._for_operator(self._rounds)),
-                web.get(f"{root}/devices", self._for_operator(self._devices)),
-                web.get(f"{root}/session", self._for_device(self._session)),
-                web.get(f"{root}/manifest", self._for_both(self._manifest)),
-                web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._artifact)),
-                web.get(f"{root}/blocks", self._for_both(self._versions)),
-                web.get(
-                    f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}",
-                    self._for_both(self._block),
-                ),
-            ]
-        )
-        return app
+    def routes(self) -> list[web.RouteDef]:
+        """Everything below the federation's own path."""
+        root = f"/v1/{self.name}"
+        return [
+            web.post(f"{root}/enroll", self._for_operator(self._enroll)),
+            web.get(f"{root}/status", self._for_operator(self._status)),
+            web.get(f"{root}/rounds", self._for_operator(self._rounds)),
+            web.get(f"{root}/devices", self._for_operator(self._devices)),
+            web.get(f"{root}/session", self._for_device(self._session)),
+            web.get(f"{root}/manifest", self._for_both(self._manifest)),
+            web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._artifact)),
+            web.get(f"{root}/blocks", self._for_both(self._versions)),
+            web.get(
+                f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}", self._for_both(self._block)
+            ),
+        ]
+
+    def has_device(self, name: str) -> bool:
+        """Whether a device of that name is enrolled here: on one broker a name is one device."""
+        return self._state.modalities(name) is not None
 
     # Who asks
 
+    def is_operator(self, request: web.Request) -> bool:
+        """Whether the request has this federation's token."""
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        found = given.encode(errors="surrogateescape")
+        return hmac.compare_digest(found, self.token.encode()) and kind == "Bearer"
+
     def _for_operator(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
-            kind, _, given = request.headers.get("Authorization", "").partition(" ")
-            is_right = hmac.compare_digest(
-                given.encode(errors="surrogateescape"), self._token.encode()
-            )
-            if kind != "Bearer" or not is_right:
-                raise web.HTTPUnauthorized(text="wrong or no token; the server printed it at start")
+            if not self.is_operator(request):
+                raise web.HTTPUnauthorized(text=NO_TOKEN)
             return await handler(request)
 
         return checked
@@ -148,18 +148,19 @@ class WebApp:
             raise web.HTTPBadRequest(text=str(error)) from error
         password = secrets.token_urlsafe(32)
         modalities = sorted(set(wanted.modalities))
-        if not self._state.add_device(wanted.device, password, modalities, time.time()):
+        is_taken = any(one.has_device(wanted.device) for one in self.siblings)
+        if is_taken or not self._state.add_device(wanted.device, password, modalities, time.time()):
             raise web.HTTPConflict(
                 text=f"device {wanted.device} is enrolled already; use its own store, "
                 "or another name"
             )
         try:
-            await self._broker.grant(wanted.device, password)
+            await self._broker.grant(wanted.device, password, self.name)
         except PetalError as error:
             self._state.remove_device(wanted.device)
             raise web.HTTPServiceUnavailable(text=str(error)) from error
-        config = self._federation.config
-        identity = Identity(config.federation, wanted.device, password, config.private_blocks)
+        private = self._federation.config.private_blocks
+        identity = Identity(self.name, wanted.device, password, private)
         log.info("enrolled %s with %s", wanted.device, ", ".join(modalities))
         return web.json_response(plain(identity))
 
@@ -207,9 +208,6 @@ class WebApp:
 
     # For operators
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
     async def _status(self, request: web.Request) -> web.Response:
         federation = self._federation
         federation.flush_traffic()
@@ -253,44 +251,25 @@ class WebApp:
             }
         )
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), content_type="text/plain")
 
-    def collect(self) -> list[Metric]:
-        """What `/metrics` shows; called by prometheus_client."""
-        federation = self._federation
-        federation.flush_traffic()
-        totals = self._state.history.totals()
-        versions = GaugeMetricFamily(
-            "petalfl_block_version", "Newest version of a shared block", labels=["block"]
-        )
-        for block, version in federation.shared.versions.items():
-            versions.add_metric([block], version)
-        refused = CounterMetricFamily(
-            "petalfl_refused_messages", "Messages refused, by reason", labels=["reason"]
-        )
-        for reason, count in self._gateway.refused.items():
-            refused.add_metric([reason], count)
-        accepted = CounterMetricFamily("petalfl_updates_accepted", "Block updates accepted")
-        accepted.add_metric([], totals["updates_accepted"])
-        traffic = CounterMetricFamily(
-            "petalfl_block_bytes", "Bytes of block updates and downloads", labels=["direction"]
-        )
-        traffic.add_metric(["up"], totals["bytes_up"])
-        traffic.add_metric(["down"], totals["bytes_down"])
-        return [
-            versions,
-            refused,
-            accepted,
-            traffic,
-            GaugeMetricFamily("petalfl_round", "Open or last round", federation.round_num),
-            GaugeMetricFamily(
-                "petalfl_devices_ready", "Devices ready", len(federation.roster.ready)
-            ),
-            GaugeMetricFamily(
-                "petalfl_devices_enrolled", "Devices enrolled", len(self._state.devices())
-            ),
-        ]
+def build_app(apps: Sequence[WebApp]) -> web.Application:
+    """One application for several federations; each token opens its own."""
+    app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_errors_as_text])
+    for one in apps:
+        one.siblings = [other for other in apps if other is not one]
+        app.add_routes(one.routes())
+
+    async def healthz(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def metrics(request: web.Request) -> web.Response:
+        shown = [one.source for one in apps if one.is_operator(request)]
+        if not shown:
+            raise web.HTTPUnauthorized(text=NO_TOKEN)
+        return web.Response(body=metrics_text(shown), content_type="text/plain")
+
+    app.add_routes([web.get("/healthz", healthz), web.get("/metrics", metrics)])
+    return app
 
 
 @web.middleware

@@ -94,15 +94,19 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
 class GuardedBroker(AmqttBroker):  # type: ignore[misc]
     """amqtt with our logins and grants, checked at CONNECT, publish, subscribe and delivery."""
 
-    def __init__(self, federation: str, server: str, credentials: dict[str, Credential]) -> None:
+    def __init__(
+        self, federations: list[str], server: str, credentials: dict[str, Credential]
+    ) -> None:
         # No plugins: the default ones let anybody in, log every packet and publish $SYS topics.
         super().__init__({"listeners": {_LISTENER: {"type": "external"}}, "plugins": {}})
-        self._federation = federation
+        self._federations = federations
         self._credentials = credentials
         self._grants = {
-            name: device_grants(federation, name) for name in credentials.keys() - {server}
+            name: self._grants_of(name, credential)
+            for name, credential in credentials.items()
+            if name != server
         }
-        self._grants[server] = server_grants(federation)
+        self._grants[server] = server_grants(*federations)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one TCP connection to its end."""
@@ -115,8 +119,11 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
     async def grant(self, device: str, credential: Credential) -> None:
         """Let a device in with this credential only."""
         self._credentials[device] = credential
-        self._grants[device] = device_grants(self._federation, device)
+        self._grants[device] = self._grants_of(device, credential)
         await self._cut(device)
+
+    def _grants_of(self, device: str, credential: Credential) -> Grants:
+        return device_grants(credential.federation or self._federations[0], device)
 
     async def revoke(self, device: str) -> None:
         """Let a device in no more."""
@@ -228,7 +235,7 @@ async def serve() -> None:
 async def start(settings: dict[str, Any]) -> tuple[GuardedBroker | None, dict[str, Any]]:
     """Start a broker as told; the answer says the port it listens on, or the error."""
     credentials = {name: Credential(**one) for name, one in settings["credentials"].items()}
-    broker = GuardedBroker(settings["federation"], settings["server"], credentials)
+    broker = GuardedBroker(settings["federations"], settings["server"], credentials)
     await broker.start()
     host, port = settings["host"], settings["port"]
     try:

@@ -25,10 +25,11 @@ class Broker(Protocol):
     async def start(self) -> None:
         """Bring the broker up, or check that it is there and can be administered."""
 
-    async def grant(self, device: str, password: str) -> None:
+    async def grant(self, device: str, password: str, federation: str = "") -> None:
         """Create or replace a device's login; durable and in force on return.
 
-        A connection with the former password is cut.
+        A connection with the former password is cut. The login is for the topics of one
+        federation: the broker's first unless another one is named.
         """
 
     async def revoke(self, device: str) -> None:

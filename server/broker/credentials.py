@@ -19,20 +19,24 @@ class Credential:
 
     One fast hash is enough because every password is a random 256-bit token: there is no
     dictionary to try.
+
+    Attributes:
+        federation: Whose device it is; empty: of the broker's first, or only one.
     """
 
     salt: str
     sha256: str
+    federation: str = ""
 
     def admits(self, password: str) -> bool:
         """Whether ``password`` is the one; takes the same time either way."""
         return hmac.compare_digest(_digest(self.salt, password), self.sha256)
 
 
-def make_credential(password: str) -> Credential:
+def make_credential(password: str, federation: str = "") -> Credential:
     """Hash a password under a fresh salt."""
     salt = secrets.token_hex(16)
-    return Credential(salt, _digest(salt, password))
+    return Credential(salt, _digest(salt, password), federation)
 
 
 def _digest(salt: str, password: str) -> str:

@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ class EmbeddedBroker:
     Its traffic costs this process nothing but a socket: a burst cannot stall the server's loop.
     """
 
-    def __init__(self, data_dir: Path, federation: str, port: int = 0) -> None:
+    def __init__(
+        self, data_dir: Path, federation: str, port: int = 0, more: Sequence[str] = ()
+    ) -> None:
         self.endpoint = Endpoint(HOST, port)
         self.server_login = (SERVER_NAME, "")
-        self._federation = topic_level(federation)
+        self._federations = [topic_level(name) for name in (federation, *more)]
         self._path = data_dir / "broker" / "credentials.json"
         self._credentials: dict[str, Credential] = {}
         self._child: Process | None = None
@@ -55,9 +58,9 @@ class EmbeddedBroker:
             raise
         self.endpoint = Endpoint(HOST, answer["port"])
 
-    async def grant(self, device: str, password: str) -> None:
+    async def grant(self, device: str, password: str, federation: str = "") -> None:
         """Create or replace a device's login."""
-        credential = make_credential(password)
+        credential = make_credential(password, federation and topic_level(federation))
         async with self._lock:
             await self._save({**self._credentials, topic_level(device): credential})
             await self._ask(grant=device, credential=asdict(credential))
@@ -88,7 +91,7 @@ class EmbeddedBroker:
         return {
             "host": HOST,
             "port": self.endpoint.port,
-            "federation": self._federation,
+            "federations": self._federations,
             "server": SERVER_NAME,
             "credentials": {name: asdict(one) for name, one in logins.items()},
         }

@@ -10,11 +10,12 @@ Source:
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -38,19 +39,27 @@ Json = dict[str, Any]
 class ExternalBroker:
     """A Mosquitto that the server's login administers; passwords and roles live there."""
 
-    def __init__(self, endpoint: Endpoint, login: tuple[str, str], federation: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        login: tuple[str, str],
+        federation: str,
+        more: Sequence[str] = (),
+    ) -> None:
         self.endpoint = endpoint
         self.server_login = login
-        self._federation = topic_level(federation)
+        self._federations = [topic_level(name) for name in (federation, *more)]
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
         """Check that the broker can be administered, and let the server use its topics."""
-        await self._in_thread(self._admit_server)
+        for federation in self._federations:
+            await self._in_thread(functools.partial(self._admit_server, federation))
 
-    async def grant(self, device: str, password: str) -> None:
+    async def grant(self, device: str, password: str, federation: str = "") -> None:
         """Create or replace a device's login."""
-        await self._in_thread(lambda: self._grant(device, password))
+        owner = topic_level(federation or self._federations[0])
+        await self._in_thread(lambda: self._grant(owner, device, password))
 
     async def revoke(self, device: str) -> None:
         """Remove a device's login; the plugin cuts its connections."""
@@ -63,11 +72,11 @@ class ExternalBroker:
         async with self._lock:
             return await asyncio.to_thread(work)
 
-    def _admit_server(self) -> None:
-        username, role = self.server_login[0], f"petalfl/{self._federation}/server"
+    def _admit_server(self, federation: str) -> None:
+        username, role = self.server_login[0], f"petalfl/{federation}/server"
         if role in (self._roles(username) or ()):
             return
-        acls = _allow(server_grants(self._federation))
+        acls = _allow(server_grants(federation))
         self._ask([{"command": "createRole", "rolename": role, "acls": acls}], ok="already exists")
         try:
             self._ask([{"command": "addClientRole", "username": username, "rolename": role}])
@@ -76,9 +85,9 @@ class ExternalBroker:
             if role not in (self._roles(username) or ()):
                 raise
 
-    def _grant(self, device: str, password: str) -> None:
-        role = self._role(device)
-        acls = _allow(device_grants(self._federation, device)) + _deny_the_rest()
+    def _grant(self, federation: str, device: str, password: str) -> None:
+        role = _role(federation, device)
+        acls = _allow(device_grants(federation, device)) + _deny_the_rest()
         roles = self._roles(device)
         if roles is None:
             self._ask([{"command": "deleteRole", "rolename": role}], ok="not found")
@@ -95,13 +104,10 @@ class ExternalBroker:
         self._ask([{"command": "modifyRole", "rolename": role, "acls": acls}, change])
 
     def _revoke(self, device: str) -> None:
-        role = self._role(device)
-        if role in (self._roles(device) or ()):
+        ours = {_role(federation, device) for federation in self._federations}
+        for role in ours & set(self._roles(device) or ()):
             delete = {"command": "deleteClient", "username": device}
             self._ask([delete, {"command": "deleteRole", "rolename": role}])
-
-    def _role(self, device: str) -> str:
-        return f"petalfl/{self._federation}/device/{topic_level(device)}"
 
     def _roles(self, username: str) -> list[str] | None:
         """Return the role names of a login, None if there is no such login."""
@@ -194,6 +200,10 @@ class _Exchange:
         # Every administrator's answers come on this one topic.
         answers = json.loads(message.payload).get("responses", [])
         self._answers += [one for one in answers if one.get("correlationData") == self._tag]
+
+
+def _role(federation: str, device: str) -> str:
+    return f"petalfl/{federation}/device/{topic_level(device)}"
 
 
 def _allow(grants: Grants) -> list[Json]:

@@ -32,9 +32,9 @@ def device_grants(federation: str, device: str) -> Grants:
     )
 
 
-def server_grants(federation: str) -> Grants:
-    """Return the grants of the server itself: all of its federation."""
-    everything = (f"fl/v1/{topic_level(federation)}/#",)
+def server_grants(*federations: str) -> Grants:
+    """Return the grants of the server itself: all of its federations."""
+    everything = tuple(f"fl/v1/{topic_level(federation)}/#" for federation in federations)
     return Grants(publish=everything, receive=everything)
 
 

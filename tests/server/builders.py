@@ -333,7 +333,7 @@ class FakeBroker:
 
     async def start(self) -> None: ...
 
-    async def grant(self, device: str, password: str) -> None:
+    async def grant(self, device: str, password: str, federation: str = "") -> None:
         if self.error is not None:
             raise self.error
         self.granted[device] = password

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from petalfl import wire
 from petalfl.model import ModelManifest
 from petalfl.vectors import Vector
-from server.__main__ import _welcome
 from server.config import private_blocks
+from server.service import _welcome
 from tests.server.builders import (
     Door,
     FakeBroker,

@@ -422,7 +422,7 @@ async def test_delivery_is_checked_too() -> None:
 
     from server.broker._amqtt_child import GuardedBroker
 
-    broker = GuardedBroker("f", "$server", {"dev-1": make_credential("pw")})
+    broker = GuardedBroker(["f"], "$server", {"dev-1": make_credential("pw")})
     session = SimpleNamespace(username="dev-1")
     for user, topic, expected in (
         ("dev-1", "fl/v1/f/down/dev-1/task", True),

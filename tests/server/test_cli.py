@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -19,10 +18,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from petalfl.model import ModelManifest
 from petalfl.training import Hyperparameters
 from server import __main__ as cli
+from server import service
 from server.config import Config, ConfigError
+from server.settings import Effective
 from tests.server.builders import SIZES, write_artifacts
 
 ROOT = Path(__file__).parents[2]
@@ -228,11 +228,11 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     served: list[Config] = []
 
     async def serve_not(
-        config: Config, manifest: ModelManifest, options: argparse.Namespace
+        effective: Effective, models: dict[str, service.Model], again: Callable[[], Effective]
     ) -> None:
-        served.append(config)
+        served.extend(model.config for model in models.values())
 
-    monkeypatch.setattr(cli, "_serve", serve_not)
+    monkeypatch.setattr(cli, "serve", serve_not)
     return served
 
 
@@ -250,7 +250,6 @@ def test_the_defaults(artifacts: Path, tmp_path: Path, configured: list[Config])
             hyperparameters=Hyperparameters(0.05, 0.9, 1e-5, 16, 1),
             schedule="constant",
             seed=0,
-            server_optimizer="momentum:0.0",
         )
     ]
 
@@ -339,7 +338,7 @@ def test_a_setting_that_makes_no_sense_is_refused(
 def test_an_http_address_of_another_form_is_refused(address: str) -> None:
     async def listen() -> None:
         async with AsyncExitStack() as stack:
-            await cli._listen(web.Application(), address, stack)
+            await service._listen(web.Application(), address, stack)
 
     with pytest.raises(ConfigError, match=r"expected HOST:PORT, e\.g\. 127\.0\.0\.1:8080"):
         asyncio.run(listen())

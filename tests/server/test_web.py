@@ -20,7 +20,7 @@ from yarl import URL
 from petalfl.store import Identity
 from petalfl.vectors import to_bytes
 from server.broker import BrokerError
-from server.web import MAX_REQUEST_BYTES, WebApp
+from server.web import MAX_REQUEST_BYTES, WebApp, build_app
 from tests.server.builders import (
     ENROLLED,
     FED,
@@ -77,14 +77,19 @@ class Served:
             return response.status, await response.read()
 
     async def metrics(self) -> dict[tuple[str, str], float]:
-        """Values by sample name and the value of its label."""
+        """Values by sample name and the value of its label, or its federation where it has none."""
         status, body = await self.get("/metrics", OPERATOR)
         assert status == 200
         return {
-            (sample.name, next(iter(sample.labels.values()), "")): sample.value
+            (sample.name, next(v for k, v in by_own_label(sample.labels))): sample.value
             for family in text_string_to_metric_families(body.decode())
             for sample in family.samples
         }
+
+
+def by_own_label(labels: dict[str, str]) -> list[tuple[str, str]]:
+    """All metrics have a federation; it comes last here."""
+    return sorted(labels.items(), key=lambda pair: pair[0] == "federation")
 
 
 @asynccontextmanager
@@ -92,7 +97,7 @@ async def serve(folder: Path, **changes: Any) -> AsyncIterator[Served]:
     site, broker = Site(folder), FakeBroker()
     with site.run(**changes) as run:
         door = Door(site.manifest, FakeJudge())
-        app = WebApp(run.federation, run.state, broker, door.gateway, TOKEN).build()
+        app = build_app([WebApp(run.federation, run.state, broker, door.gateway, TOKEN)])
         async with TestClient(TestServer(app)) as client:
             yield Served(client, app, run, site, broker, await door.open())
 
@@ -499,7 +504,7 @@ async def test_rounds_and_devices(served: Served) -> None:
 
 
 async def test_metrics_are_what_happened(served: Served) -> None:
-    assert (await served.metrics())["petalfl_round", ""] == 0
+    assert (await served.metrics())["petalfl_round", FED] == 0
     served.run.ready("watch")
     served.run.federation.on_bytes_up("watch", "head", 123)
     served.run.federation.on_bytes_down("watch", "fusion", 45)
@@ -512,12 +517,16 @@ async def test_metrics_are_what_happened(served: Served) -> None:
         ("petalfl_block_version", "fusion"): 2,
         ("petalfl_block_version", "head"): 2,
         ("petalfl_refused_messages_total", "malformed"): 2,
-        ("petalfl_updates_accepted_total", ""): 3,
+        ("petalfl_updates_accepted_total", FED): 3,
         ("petalfl_block_bytes_total", "up"): 123,
         ("petalfl_block_bytes_total", "down"): 45,
-        ("petalfl_round", ""): 2,
-        ("petalfl_devices_ready", ""): 1,
-        ("petalfl_devices_enrolled", ""): 3,
+        ("petalfl_round", FED): 2,
+        ("petalfl_devices_ready", FED): 1,
+        ("petalfl_devices_at_work", FED): 1,
+        ("petalfl_devices_enrolled", FED): 3,
+        ("petalfl_updates_dropped_total", FED): 0,
+        **{("petalfl_block_buffered", block): 0 for block in SIZES},
+        **{("petalfl_block_holders", block): int(block != "encoder-gyro") for block in SIZES},
     }
 
 

@@ -1,0 +1,80 @@
+"""`python -m server check-config`: every setting in force, and where its value comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .options import BY_KEY, OPTIONS, PerBlock
+from .settings import Effective, Setting, Settings
+
+_HIDDEN = "set, not shown"
+
+
+def as_text(effective: Effective, configs: Mapping[str, Config]) -> str:
+    """A table: the server's settings, then those of each federation."""
+    lines = ["server", *_table(effective.server, is_of_server=True)]
+    for name, settings in effective.federations.items():
+        config = configs[name]
+        lines += [
+            f"federation {name}",
+            *_table(settings, is_of_server=False),
+            f"  private blocks: {', '.join(config.private_blocks) or 'none'}",
+            f"  schedule: {config.schedule}; server optimizer: {config.server_optimizer}",
+        ]
+    return "\n".join(lines)
+
+
+def as_json(effective: Effective, configs: Mapping[str, Config]) -> str:
+    """The same for programs: ``{"server": {key: {"value", "source"}}, "federations": {…}}``."""
+    server = _plain(effective.server, is_of_server=True)
+    federations = {
+        name: {
+            "settings": _plain(settings, is_of_server=False),
+            "private_blocks": list(configs[name].private_blocks),
+            "schedule": configs[name].schedule,
+            "server_optimizer": configs[name].server_optimizer,
+        }
+        for name, settings in effective.federations.items()
+    }
+    return json.dumps({"server": server, "federations": federations}, indent=1)
+
+
+def _table(settings: Settings, is_of_server: bool) -> list[str]:
+    rows = [
+        (option.name, _shown(option.key, settings[option.key]), settings[option.key].source)
+        for option in OPTIONS
+        if option.is_of_server == is_of_server
+    ]
+    return [f"  {name:<18} {value:<24} {source}" for name, value, source in rows]
+
+
+def _shown(key: str, setting: Setting) -> str:
+    value = _open(key, setting.value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str("" if value is None else value)
+
+
+def _plain(settings: Settings, is_of_server: bool) -> dict[str, Any]:
+    return {
+        key: {"value": _as_json(_open(key, setting.value)), "source": setting.source}
+        for key, setting in settings.items()
+        if BY_KEY[key].is_of_server == is_of_server
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, (Path, PerBlock)) else value
+
+
+def _open(key: str, value: Any) -> Any:
+    """The value without what opens doors."""
+    if key == "token" and value:
+        return _HIDDEN
+    if key == "broker" and "@" in value:
+        return f"{value.partition('://')[0]}://…@{value.rpartition('@')[2]}"
+    return value

@@ -1,0 +1,232 @@
+"""The running server: its federations on one broker and one HTTP port, from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from petalfl import mqtt
+from petalfl.errors import PetalError
+from petalfl.files import write_atomic
+from petalfl.model import ModelManifest
+
+from .broker import Broker, open_broker
+from .config import Config, ConfigError, make_config
+from .federation import Federation
+from .gateway import Gateway
+from .settings import Effective, take_over
+from .state import ServerState
+from .web import WebApp, build_app
+
+log = logging.getLogger("petalfl.server")
+
+DEFAULT_NAME = "default"  # of a federation; the SDK assumes it
+RUNTIME_FILE = "server.json"  # where the running server is, for programs that start one
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a federation is about: its manifest and its configuration."""
+
+    manifest: ModelManifest
+    config: Config
+
+
+def load_models(effective: Effective) -> dict[str, Model]:
+    """By federation.
+
+    Raises:
+        ConfigError: A setting is impossible.
+        ModelError: The artifacts are missing or damaged.
+    """
+    models = {}
+    for name, settings in effective.federations.items():
+        if settings["artifacts"].value is None:
+            raise ConfigError("no artifacts: give --artifacts DIR, which python -m export makes")
+        manifest = ModelManifest.load(settings["artifacts"].value)
+        models[name] = Model(manifest, make_config(name, settings, manifest))
+    folders = [model.config.data_dir.resolve() for model in models.values()]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("two federations have the same data_dir; give each its own")
+    return models
+
+
+async def serve(
+    effective: Effective, models: Mapping[str, Model], again: Callable[[], Effective]
+) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Args:
+        again: Reads the settings once more, at SIGHUP.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stopped.set)
+    async with contextlib.AsyncExitStack() as stack:
+        states, federations = {}, {}
+        for name, model in models.items():
+            states[name] = ServerState(model.config.data_dir)
+            stack.callback(states[name].close)
+            federations[name] = Federation(model.config, model.manifest, states[name])
+        names = list(models)
+        broker = await _open_broker(effective, names, states[names[0]], stack)
+        transport = mqtt.MqttTransport(
+            broker.endpoint, login=broker.server_login, client_id=f"{names[0]}-server"
+        )
+        await transport.connect()
+        stack.push_async_callback(transport.close)
+        apps = []
+        for name, model in models.items():
+            federation, state = federations[name], states[name]
+            cut_off = functools.partial(_cut_off, broker)
+            gateway = Gateway(transport, name, model.manifest, federation, cut_off=cut_off)
+            await gateway.open()
+            stack.push_async_callback(gateway.close)
+            stack.callback(federation.close)
+            token = effective.federations[name]["token"].value
+            token = token or state.setting("token", secrets.token_urlsafe(24))
+            apps.append(WebApp(federation, state, broker, gateway, token))
+        url = await _listen(build_app(apps), effective.server["http"].value, stack)
+        for app in apps:
+            app.source.federation.start(app.source.gateway)
+        reloading = _Reloading(effective, federations, again)
+        loop.add_signal_handler(signal.SIGHUP, reloading.run)
+        _write_runtime(url, apps, effective.server["data_dir"].value, stack)
+        for app in apps:
+            model = models[app.name]
+            print(_welcome(model.manifest, model.config, broker, url, app.token), flush=True)
+        await stopped.wait()
+    kept = ", ".join(str(model.config.data_dir) for model in models.values())
+    print(f"stopped; the state is kept in {kept}: start again to go on", flush=True)
+
+
+def _cut_off(broker: Broker, device: str) -> None:
+    """Ends a device's login at the broker, in the background."""
+
+    def say(done: asyncio.Task[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("device %s keeps its login: %s", device, error)
+
+    work = asyncio.get_running_loop().create_task(broker.revoke(device))
+    _BACKGROUND.add(work)  # the loop itself holds tasks only weakly
+    work.add_done_callback(_BACKGROUND.discard)
+    work.add_done_callback(say)
+
+
+_BACKGROUND: set[asyncio.Task[None]] = set()
+
+
+async def _open_broker(
+    effective: Effective, names: list[str], state: ServerState, stack: contextlib.AsyncExitStack
+) -> Broker:
+    """Starts the broker, an embedded one on its old port, if any: devices look for it there."""
+    spec = str(effective.server["broker"].value)
+    if spec == "embedded" and (port := state.setting("broker port", "")):
+        spec = f"embedded:{port}"
+    data_dir = effective.server["data_dir"].value
+    broker = open_broker(spec, data_dir=data_dir, federation=names[0], more=names[1:])
+    await broker.start()
+    stack.push_async_callback(broker.close)
+    if spec.startswith("embedded"):
+        state.replace_setting("broker port", str(broker.endpoint.port))
+    return broker
+
+
+async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--http {address!r}: expected HOST:PORT, e.g. 127.0.0.1:8080")
+    runner = web.AppRunner(app, handle_signals=False)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, int(port))
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror}; choose another --http HOST:PORT"
+        ) from error
+    bound = runner.addresses[0][1]
+    return f"http://{host}:{bound}"
+
+
+def _write_runtime(
+    url: str, apps: list[WebApp], data_dir: Path, stack: contextlib.AsyncExitStack
+) -> None:
+    tokens = {app.name: app.token for app in apps}
+    runtime = {"url": url, "token": apps[0].token, "tokens": tokens, "pid": os.getpid()}
+    write_atomic(data_dir / RUNTIME_FILE, json.dumps(runtime).encode())
+    stack.callback((data_dir / RUNTIME_FILE).unlink, missing_ok=True)
+
+
+def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, token: str) -> str:
+    frozen = [b.name for b in manifest.blocks if b.is_frozen]
+    shared = [b.name for b in manifest.blocks if b.name not in (*config.private_blocks, *frozen)]
+    rounds = f"{config.num_rounds} rounds" if config.num_rounds else "rounds until stopped"
+    pace = "asynchronous, once" if config.is_async else "each with"
+    is_default = config.federation == DEFAULT_NAME
+    name = "" if is_default else f"federation={config.federation!r}, "
+    lines = [
+        f"petalfl serves federation {config.federation!r} of model {manifest.name!r}",
+        f"  shared     {', '.join(shared) or 'nothing'}",
+        f"  private    {', '.join(config.private_blocks) or 'nothing'}",
+        *([f"  frozen     {', '.join(frozen)}"] if frozen else []),
+        f"  rounds     {rounds}, {pace} at least {config.min_devices} devices",
+        f"  http       {url}",
+        f"  broker     {broker.endpoint}",
+        f"  data       {config.data_dir}",
+        "join with",
+        f"  EdgeClient({url!r}, token={token!r}, {name}…)",
+    ]
+    if is_default:
+        lines.append(f"  python -m examples.android_sim --server {url} --token {token}")
+    return "\n".join(lines)
+
+
+class _Reloading:
+    """Takes new settings over at SIGHUP, as far as they can change while the server runs."""
+
+    def __init__(
+        self,
+        effective: Effective,
+        federations: Mapping[str, Federation],
+        again: Callable[[], Effective],
+    ) -> None:
+        self._in_force = dict(effective.federations)
+        self._federations = federations
+        self._again = again
+
+    def run(self) -> None:
+        """Reads the settings again; where they are impossible, everything stays as it is."""
+        try:
+            new = self._again()
+            if new.federations.keys() != self._in_force.keys():
+                raise ConfigError("federations come and go with a restart only")
+            changes = {n: take_over(s, new.federations[n]) for n, s in self._in_force.items()}
+            configs = {
+                name: make_config(name, one.settings, self._federations[name].manifest)
+                for name, one in changes.items()
+            }
+        except (PetalError, ValueError) as error:
+            log.error("the new settings are not used: %s", error)
+            return
+        for name, one in changes.items():
+            for key, change in one.kept.items():
+                log.warning("%s: %s needs a restart and stays: %s", name, key, change)
+            for key, change in one.taken.items():
+                log.info("%s: %s changes with the next round: %s", name, key, change)
+            self._in_force[name] = one.settings
+            self._federations[name].reconfigure(configs[name])
+        logging.getLogger().setLevel(new.server["log_level"].value.upper())
