@@ -95,8 +95,9 @@ class Journal:
         except StateError as error:
             log.error("%d updates, which nobody was promised, are lost: %s",
                       len(self._updates), error)  # fmt: skip
-        self._close_segment()
-        self._writer.close()
+        with self._committing:  # a thread may still be at it
+            self._close_segment()
+            self._writer.close()
 
     # Writing
 
@@ -222,6 +223,8 @@ class Journal:
             self._sync(segment)
             updates = [update_id for update_id in updates if update_id in self._updates]
             reports = [key for key in reports if key in self._reports]
+            if not (updates or reports):
+                return
             with _translated("cannot commit to the journal"):
                 self._writer.execute("BEGIN IMMEDIATE")
                 try:
