@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import time
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 
 import aiohttp
@@ -171,7 +172,9 @@ async def open_fleet(
             bearer = {"Authorization": f"Bearer {token}"}
             async with enrolling, http.post(f"{root}/enroll", json=body, headers=bearer) as reply:
                 password = (await reply.json())["password"]
-            basic = {"Authorization": aiohttp.BasicAuth(device, password).encode()}
+            basic = {
+                "Authorization": f"Basic {b64encode(f'{device}:{password}'.encode()).decode()}"
+            }
             async with connecting:
                 async with http.get(f"{root}/session", headers=basic) as reply:
                     session = await reply.json()

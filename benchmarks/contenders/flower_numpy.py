@@ -19,10 +19,11 @@ from typing import Any
 os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0"}
 
 import numpy as np
-from flwr.client import ClientApp, NumPyClient
-from flwr.server import ServerApp, ServerAppComponents, ServerConfig
-from flwr.server.strategy import FedAvg
-from flwr.simulation import run_simulation
+from flwr.client import ClientApp, NumPyClient  # type: ignore[import-not-found]
+from flwr.common import ndarrays_to_parameters  # type: ignore[import-not-found]
+from flwr.server import ServerApp, ServerAppComponents, ServerConfig  # type: ignore[import-not-found]
+from flwr.server.strategy import FedAvg  # type: ignore[import-not-found]
+from flwr.simulation import run_simulation  # type: ignore[import-not-found]
 
 NUM_CLIENTS, NUM_PARAMETERS, NUM_ROUNDS = (int(text) for text in sys.argv[1:4])
 times: list[float] = []
@@ -57,8 +58,6 @@ def _client(context: Any) -> Any:
 
 
 def _server(context: Any) -> ServerAppComponents:
-    from flwr.common import ndarrays_to_parameters
-
     strategy = Timed(
         fraction_fit=1.0,
         fraction_evaluate=0.0,
