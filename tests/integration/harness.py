@@ -98,10 +98,10 @@ class Server:
         wait_for_session(process.pid)
         return code
 
-    def get(self, what: str, authorization: str = "") -> Any:
-        """The JSON at ``/v1/default/{what}``, as the operator sees it unless told otherwise."""
+    def get(self, what: str, authorization: str = "", federation: str = "default") -> Any:
+        """The JSON at ``/v1/{federation}/{what}``, as the operator sees it or another."""
         headers = {"Authorization": authorization or f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.url}/v1/default/{what}", headers=headers)
+        request = urllib.request.Request(f"{self.url}/v1/{federation}/{what}", headers=headers)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
