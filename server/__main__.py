@@ -11,6 +11,7 @@ import sys
 from petalfl.errors import PetalError
 
 from .config_report import as_json, as_text
+from .maintenance import add_commands
 from .options import add_flags
 from .service import load_models, serve
 from .settings import resolve
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(check)
     check.add_argument("--json", action="store_true", help="as JSON")
     check.set_defaults(run=_check_config)
+    add_commands(commands)
     return parser
 
 

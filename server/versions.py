@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from petalfl.vectors import Vector, to_bytes
 
 from .optimizers import OptimizerState
 
+_ORDER = "tensors"  # in the metadata: the block's own tensors as its vector has them
 _OPTIMIZER = "optimizer."  # before the names of its state, which lie beside the parameters
 
 
@@ -52,7 +55,8 @@ def write_version(folder: Path, new: NewVersion) -> None:
     tensors |= {_OPTIMIZER + name: array for name, array in new.optimizer_state.items()}
     try:
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, save(tensors), mode=0o644)
+        order = json.dumps([tensor.name for tensor in new.block.tensors])
+        write_atomic(path, save(tensors, {_ORDER: order}), mode=0o644)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error}") from error
 
@@ -63,16 +67,30 @@ def read_version(path: Path, block: Block) -> tuple[Vector, OptimizerState]:
     Raises:
         StateError: The file is missing or is no version of this block.
     """
+    return _read(path, [tensor.name for tensor in block.tensors])
+
+
+def read_any_version(path: Path) -> tuple[Vector, OptimizerState]:
+    """As `read_version`, of whatever block the file says it is."""
+    try:
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        order = json.loads(header["__metadata__"][_ORDER])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"cannot read {path}: {error}") from error
+    return _read(path, order)
+
+
+def _read(path: Path, order: Sequence[str]) -> tuple[Vector, OptimizerState]:
     try:
         tensors = load(path.read_bytes())
-        vector = np.concatenate([tensors[t.name].ravel() for t in block.tensors])
+        vector = np.concatenate([tensors[name].ravel() for name in order])
     except Exception as error:  # safetensors raises its own and KeyError
         raise StateError(f"cannot read {path}: {error}") from error
-    own = {tensor.name for tensor in block.tensors}
     optimizer_state = {
         name.removeprefix(_OPTIMIZER): tensor
         for name, tensor in tensors.items()
-        if name.startswith(_OPTIMIZER) and name not in own
+        if name.startswith(_OPTIMIZER) and name not in order
     }
     return vector, optimizer_state
 

@@ -1,0 +1,276 @@
+"""Looking after a data folder: `python -m server backup|restore|inspect`.
+
+A backup is a data folder like any other: a server can start on it, and `inspect` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from petalfl.errors import PetalError
+from petalfl.files import write_atomic
+
+from .journal import DATABASE, FOLDER, read_delta, segments
+from .versions import StateError, checksum, read_any_version, version_path
+
+ATTEMPTS = 10  # to copy what a running server is at work on
+DEFAULT = Path("petalfl-data")
+_WAITING = "SELECT delta, num_bytes, crc32 FROM updates WHERE delta IS NOT NULL"
+
+
+class MaintenanceError(PetalError):
+    """A folder that cannot be backed up to, restored to or looked into."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What one federation's folder holds.
+
+    Attributes:
+        versions: By block: ``newest``, and the ``num_files`` that are kept of it.
+        journal: ``num_waiting`` updates that no version holds yet, their ``num_bytes``, and the
+            ``num_segments`` on disk.
+        num_bytes: Of all files.
+        damages: What is not as it was written, one line each.
+    """
+
+    folder: str
+    rounds_closed: int = 0
+    is_round_open: bool = False
+    devices: int = 0
+    updates: int = 0
+    versions: dict[str, dict[str, int]] = field(default_factory=dict)
+    journal: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    damages: list[str] = field(default_factory=list)
+
+
+def inspect(data_dir: Path) -> list[Findings]:
+    """Reads everything and checks every checksum; the server may be running.
+
+    Raises:
+        MaintenanceError: There is no data folder.
+    """
+    return [_inspect(folder) for folder in _folders(data_dir)]
+
+
+def backup(data_dir: Path, target: Path) -> None:
+    """Copies a data folder, also one that a server is at work on, as it is at one moment.
+
+    Raises:
+        MaintenanceError: ``target`` is not empty, or the folder is damaged.
+    """
+    _check_empty(target)
+    for folder in _folders(data_dir):
+        _back_up(folder, target / folder.relative_to(data_dir))
+    credentials = data_dir / "broker" / "credentials.json"  # of the embedded broker
+    if credentials.exists():
+        (target / "broker").mkdir()
+        write_atomic(target / "broker" / credentials.name, credentials.read_bytes())
+
+
+def restore(source: Path, data_dir: Path) -> None:
+    """Makes a data folder of a backup, once its checksums are found to be right.
+
+    Raises:
+        MaintenanceError: ``data_dir`` is not empty, as that of a running server never is, or the
+            backup is damaged.
+    """
+    _check_empty(data_dir)
+    if damages := [line for findings in inspect(source) for line in findings.damages]:
+        raise MaintenanceError(f"the backup {source} is damaged: {damages[0]}")
+    backup(source, data_dir)
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds the commands to a parser's; each sets ``run``, which returns the exit code."""
+    add = subparsers.add_parser
+    parser = add(
+        "backup",
+        help="copy the data folder, also of a running server",
+        description="Copy the data folder as it is at one moment; the server may be running.",
+    )
+    parser.add_argument("target", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.set_defaults(run=_run_backup)
+    parser = add(
+        "restore",
+        help="make a data folder of a backup",
+        description="Make a data folder of a backup; refuses one that is in use or not empty.",
+    )
+    parser.add_argument("source", type=Path, metavar="DIR", help="made by backup")
+    parser.set_defaults(run=_run_restore)
+    parser = add(
+        "inspect",
+        help="show what is in the data folder and check it",
+        description="Show rounds, versions, devices, journal and sizes, and check every "
+        "checksum; exit code 1 where something is damaged. The server may be running.",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_run_inspect)
+    for name in ("backup", "restore", "inspect"):
+        subparsers.choices[name].add_argument(
+            "--data-dir", type=Path, default=DEFAULT, metavar="DIR", help=f"default {DEFAULT}"
+        )
+
+
+def _run_backup(options: argparse.Namespace) -> int:
+    backup(options.data_dir, options.target)
+    print(f"backed up {options.data_dir} to {options.target}")
+    return 0
+
+
+def _run_restore(options: argparse.Namespace) -> int:
+    restore(options.source, options.data_dir)
+    print(f"restored {options.source} to {options.data_dir}")
+    return 0
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    found = inspect(options.data_dir)
+    if options.json:
+        print(json.dumps([asdict(findings) for findings in found], indent=2))
+    else:
+        print("\n\n".join(_as_text(findings) for findings in found))
+    return 1 if any(findings.damages for findings in found) else 0
+
+
+def _as_text(found: Findings) -> str:
+    versions = ", ".join(
+        f"{block} {of['newest']} ({of['num_files']} kept)" for block, of in found.versions.items()
+    )
+    journal = found.journal
+    return "\n".join(
+        [
+            found.folder,
+            f"  rounds    {found.rounds_closed} closed{', one open' * found.is_round_open}",
+            f"  versions  {versions or 'none'}",
+            f"  devices   {found.devices}",
+            f"  updates   {found.updates} accepted, {journal.get('num_waiting', 0)} of them in no "
+            "version yet",
+            f"  journal   {journal.get('num_bytes', 0)} bytes wait in "
+            f"{journal.get('num_segments', 0)} segments",
+            f"  size      {found.num_bytes / 1e6:.1f} MB",
+            *(f"  DAMAGED   {line}" for line in found.damages),
+            *([] if found.damages else ["  every checksum is right"]),
+        ]
+    )
+
+
+# One federation's folder
+
+
+def _folders(data_dir: Path) -> list[Path]:
+    """The folder itself, or one below it for each federation of several."""
+    paths = [*data_dir.glob(DATABASE), *sorted(data_dir.glob(f"*/{DATABASE}"))]
+    if not paths:
+        raise MaintenanceError(f"{data_dir} is no data folder: it has no {DATABASE}")
+    return [path.parent for path in paths]
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MaintenanceError(f"{folder} is not empty; give a new or an empty folder")
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(f"file:{folder / DATABASE}?mode=ro", uri=True)) as db:
+            yield db
+    except sqlite3.Error as error:
+        raise MaintenanceError(f"cannot read {folder / DATABASE}: {error}") from error
+
+
+def _inspect(folder: Path) -> Findings:
+    found = Findings(str(folder))
+    try:
+        with _reading(folder) as db:
+            _read_tables(db, folder, found)
+    except MaintenanceError as error:
+        found.damages.append(str(error))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    found.num_bytes = sum(path.stat().st_size for path in files)
+    return found
+
+
+def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
+    for (line,) in db.execute("PRAGMA integrity_check"):
+        if line != "ok":
+            found.damages.append(f"{DATABASE}: {line}")
+    num_open, found.rounds_closed = db.execute(
+        "SELECT COUNT(*) FILTER (WHERE closed_at_s IS NULL), COUNT(closed_at_s) FROM rounds"
+    ).fetchone()
+    found.is_round_open = num_open > 0
+    (found.devices,) = db.execute("SELECT COUNT(*) FROM devices").fetchone()
+    (found.updates,) = db.execute("SELECT COUNT(*) FROM updates").fetchone()
+    for block, version, sha256 in _kept_versions(db):
+        of = found.versions.setdefault(block, {"newest": 0, "num_files": 0})
+        of["newest"] = max(of["newest"], version)
+        of["num_files"] += 1
+        try:
+            _check_version(folder, block, version, sha256)
+        except StateError as error:
+            found.damages.append(str(error))
+    waiting = db.execute(_WAITING).fetchall()
+    found.journal = {
+        "num_waiting": len(waiting),
+        "num_bytes": sum(num_bytes for _, num_bytes, _ in waiting),
+        "num_segments": len(segments(folder / FOLDER)),
+    }
+    for position, num_bytes, crc32 in waiting:
+        try:
+            read_delta(folder / FOLDER, position, num_bytes, crc32)
+        except StateError as error:
+            # A running server may have consumed it meanwhile, and written over it.
+            query = f"{_WAITING} AND delta = ?"
+            if db.execute(query, (position,)).fetchone() is not None:
+                found.damages.append(str(error))
+
+
+def _kept_versions(db: sqlite3.Connection) -> list[tuple[str, int, str]]:
+    return db.execute(
+        "SELECT block, version, sha256 FROM versions ORDER BY block, version"
+    ).fetchall()
+
+
+def _check_version(folder: Path, block: str, version: int, sha256: str) -> None:
+    path = version_path(folder, block, version)
+    if checksum(*read_any_version(path)) != sha256:
+        raise StateError(f"{path} is damaged: its checksum is not the recorded one")
+
+
+def _back_up(folder: Path, target: Path) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            _copy(folder, target)
+            return
+        except StateError as error:  # the server has gone on meanwhile, or it is damaged
+            shutil.rmtree(target)
+            if attempt == ATTEMPTS - 1:
+                raise MaintenanceError(f"cannot back up {folder}: {error}") from error
+        except OSError as error:
+            raise MaintenanceError(f"cannot write {target}: {error}") from error
+
+
+def _copy(folder: Path, target: Path) -> None:
+    (target / FOLDER).mkdir(parents=True)
+    with _reading(folder) as source, closing(sqlite3.connect(target / DATABASE)) as db:
+        (target / DATABASE).chmod(0o600)
+        source.backup(db)
+        for block, version, sha256 in _kept_versions(db):
+            _check_version(folder, block, version, sha256)
+            copy = version_path(target, block, version)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, version_path(folder, block, version).read_bytes(), mode=0o644)
+        for position, num_bytes, crc32 in db.execute(_WAITING):
+            delta = read_delta(folder / FOLDER, position, num_bytes, crc32)
+            # A segment of its own, so that its row need not change.
+            write_atomic(target / FOLDER / f"{position:020}.deltas", delta)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server import __main__ as cli
+from server.journal import Journal
+from server.maintenance import MaintenanceError, backup, inspect, restore
+from server.state import ServerState
+from server.versions import version_path
+from tests.server.builders import SIZES, Site, make_update
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> Site:
+    """Three closed rounds, and a fourth with two updates in the journal."""
+    made = Site(tmp_path)
+    with made.run(ready=["watch", "phone"], min_devices=2) as run:
+        for round_num in (1, 2, 3):
+            await run.finish_round(round_num, 0.5)
+        for device in ("watch", "phone"):
+            update = make_update(device, "head", 2.0, round_num=4, base_version=4)
+            assert run.federation.on_update(update).status == "accepted"
+    return made
+
+
+def read_all(folder: Path) -> tuple[object, ...]:
+    """What a server would find there."""
+    state = ServerState(folder)
+    try:
+        waiting = [(u.update_id, u.delta.tobytes()) for u in state.unconsumed_updates(SIZES)]
+        return state.history.rounds(), state.newest_versions(), state.devices(), waiting
+    finally:
+        state.close()
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+async def test_inspect_shows_what_is_there(site: Site) -> None:
+    [found] = inspect(site.data_dir)
+    assert (found.rounds_closed, found.is_round_open, found.devices) == (3, True, 3)
+    assert found.versions == {name: {"newest": 4, "num_files": 4} for name in SIZES}
+    assert found.journal == {"num_waiting": 2, "num_bytes": 64, "num_segments": 1}
+    assert found.updates == 3 * 6 + 2
+    assert found.damages == []
+
+
+async def test_a_backup_is_a_data_folder_and_restores_to_one(site: Site, tmp_path: Path) -> None:
+    backup(site.data_dir, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "restored")
+    before = read_all(site.data_dir)
+    assert len(before[3]) == 2  # type: ignore[arg-type]
+    assert read_all(tmp_path / "restored") == before
+    assert read_all(tmp_path / "backup") == before
+
+
+async def test_a_server_goes_on_from_a_backup(site: Site, tmp_path: Path) -> None:
+    backup(site.data_dir, tmp_path / "backup")
+    site.data_dir = tmp_path / "backup"
+    with site.run(min_devices=2) as run:
+        assert run.federation.round_num == 4
+        assert run.federation.round is not None
+        assert len(run.federation.round.results(["head"])["head"].update_ids) == 2
+
+
+async def test_backups_of_a_running_server_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rounds go on, and segments of the journal are written over again and again."""
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", 100)
+    site = Site(tmp_path)
+    done = asyncio.Event()
+
+    async def serve() -> int:
+        round_num = 0
+        with site.run(ready=["watch", "phone"], min_devices=2) as run:
+            while not done.is_set():
+                round_num += 1
+                await run.finish_round(round_num, 0.25)
+        return round_num
+
+    serving = asyncio.create_task(serve())
+    await asyncio.sleep(0.1)
+    for number in range(8):
+        await asyncio.to_thread(backup, site.data_dir, tmp_path / f"backup-{number}")
+        await asyncio.to_thread(inspect, site.data_dir)
+    done.set()
+    assert await serving > 8
+    closed = []
+    for number in range(8):
+        [found] = inspect(tmp_path / f"backup-{number}")
+        assert found.damages == []
+        assert {of["newest"] for of in found.versions.values()} == {found.rounds_closed + 1}
+        closed.append(found.rounds_closed)
+    assert closed == sorted(closed) and closed[-1] > closed[0]
+
+
+def flip(path: Path, place: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x40
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a version": (lambda folder: flip(version_path(folder, "head", 2)), "2.safetensors is damaged"),
+    "a version's header": (
+        lambda folder: flip(version_path(folder, "head", 2), 3), "cannot read"),
+    "a version's file": (
+        lambda folder: version_path(folder, "fusion", 1).unlink(), "1.safetensors"),
+    "the journal": (
+        lambda folder: flip(next((folder / "journal").glob("*.deltas"))), "damaged at position"),
+    "the journal's end": (
+        lambda folder: next((folder / "journal").glob("*.deltas")).write_bytes(b""), "damaged at"),
+    "the journal's file": (
+        lambda folder: next((folder / "journal").glob("*.deltas")).unlink(), "has lost"),
+    "the database": (
+        lambda folder: (folder / "state.sqlite").write_bytes(b"SQLite format 3\0" + bytes(500)),
+        "state.sqlite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+async def test_damage_is_found_and_never_copied(
+    site: Site, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backup(site.data_dir, tmp_path / "backup")
+    damage, message = DAMAGES[what]
+    for folder in (site.data_dir, tmp_path / "backup"):
+        damage(folder)
+        code, printed, _ = run_cli(capsys, "inspect", "--data-dir", str(folder))
+        assert code == 1
+        assert "DAMAGED" in printed and message in printed
+    with pytest.raises(MaintenanceError):
+        backup(site.data_dir, tmp_path / "second")
+    with pytest.raises(MaintenanceError, match="is damaged"):
+        restore(tmp_path / "backup", tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
+
+
+async def test_nothing_is_written_over(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backup(site.data_dir, tmp_path / "backup")
+    before = read_all(site.data_dir)
+    data, kept = str(site.data_dir), str(tmp_path / "backup")
+    for words in (["restore", kept, "--data-dir", data], ["backup", kept, "--data-dir", data]):
+        code, printed, error = run_cli(capsys, *words)
+        assert (code, printed) == (2, "")
+        assert "is not empty" in error
+    assert read_all(site.data_dir) == before
+
+
+async def test_the_commands(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, kept, again = (str(p) for p in (site.data_dir, tmp_path / "b", tmp_path / "again"))
+    assert run_cli(capsys, "backup", kept, "--data-dir", data)[0] == 0
+    assert run_cli(capsys, "restore", kept, "--data-dir", again)[0] == 0
+    code, printed, _ = run_cli(capsys, "inspect", "--data-dir", again, "--json")
+    [found] = json.loads(printed)
+    assert code == 0
+    assert found["rounds_closed"] == 3 and found["damages"] == []
+    code, printed, _ = run_cli(capsys, "inspect", "--data-dir", again)
+    assert code == 0 and "every checksum is right" in printed
+    code, _, error = run_cli(capsys, "inspect", "--data-dir", str(tmp_path / "nowhere"))
+    assert code == 2 and "is no data folder" in error
+
+
+async def test_a_torn_tail_of_the_journal_is_no_damage(site: Site) -> None:
+    """A crash between the segment and its rows: nobody was promised those bytes."""
+    [segment] = (site.data_dir / "journal").glob("*.deltas")
+    with segment.open("ab") as file:
+        file.write(np.ones(5, np.float32).tobytes()[:-3])
+    assert inspect(site.data_dir)[0].damages == []
+    with site.state() as state:
+        assert isinstance(state._journal, Journal)
+        state.journal_update(make_update("both", "head", 3.0, round_num=4))
+        assert len(list(state.unconsumed_updates(SIZES))) == 3
+    assert inspect(site.data_dir)[0].damages == []
