@@ -10,7 +10,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,9 @@ def _inspect(folder: Path) -> Findings:
             _read_tables(db, folder, found)
     except MaintenanceError as error:
         found.damages.append(str(error))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    found.num_bytes = sum(path.stat().st_size for path in files)
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # gone since: a running server's
+            found.num_bytes += path.stat().st_size if path.is_file() else 0
     return found
 
 
