@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+pytestmark = pytest.mark.xdist_group("android_sim")  # one run serves several tests
+
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "examples.android_sim"]
 ENCODER_BYTES = 4 * 150_976
@@ -92,9 +94,9 @@ def test_the_summary_holds_scores_and_totals(summary: dict[str, Any]) -> None:
     )
 
 
-def test_local_shares_nothing_and_still_trains(tmp_path: Path) -> None:
+def test_local_shares_nothing_and_still_trains(tmp_path: Path, watch_artifacts: Path) -> None:
     done = run("--devices", "3", "--rounds", "2", "--scheme", "local", "--json",
-               "--out", str(tmp_path / "run"))  # fmt: skip
+               "--artifacts", str(watch_artifacts), "--out", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["totals"]["bytes_up"] == summary["totals"]["bytes_down"] == 0
@@ -105,9 +107,12 @@ def test_local_shares_nothing_and_still_trains(tmp_path: Path) -> None:
     )
 
 
-def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(
+    tmp_path: Path, watch_artifacts: Path
+) -> None:
     out = tmp_path / "run"
-    arguments = ["--devices", "4", "--rounds", "8", "--out", str(out)]
+    arguments = ["--devices", "4", "--rounds", "8", "--artifacts", str(watch_artifacts),
+                 "--out", str(out)]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, stderr=log)
         wait_for_round(out, 3, process)
@@ -127,10 +132,11 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
     assert summary["totals"]["updates_accepted"] == 8 * holders  # none lost, none counted twice
 
 
-def test_killed_outright_it_leaves_no_server(tmp_path: Path) -> None:
+def test_killed_outright_it_leaves_no_server(tmp_path: Path, watch_artifacts: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [*COMMAND, "--devices", "3", "--rounds", "50", "--out", str(out)],
+        [*COMMAND, "--devices", "3", "--rounds", "50", "--artifacts", str(watch_artifacts),
+         "--out", str(out)],
         cwd=REPOSITORY, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_round(out, 1, process)
@@ -156,7 +162,11 @@ def test_killed_outright_it_leaves_no_server(tmp_path: Path) -> None:
         (["--broker", "carrier-pigeon"], "carrier-pigeon"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, watch_artifacts: Path, arguments: list[str], message: str
+) -> None:
+    if "--broker" in arguments:  # which is found out after the export
+        arguments = [*arguments, "--artifacts", str(watch_artifacts)]
     done = run(*arguments, "--out", str(tmp_path / "run"))
     assert done.returncode == 2
     assert message in done.stderr
