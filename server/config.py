@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -69,6 +70,11 @@ class Config:
     def is_async(self) -> bool:
         """Whether blocks step one by one."""
         return self.mode == "async"
+
+    def num_enough(self, num_asked: int) -> int:
+        """The reports that close a synchronous round."""
+        enough = math.ceil(num_asked / self.over_selection)
+        return min(enough, self.cohort_size) if self.cohort_size else enough
 
 
 def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Config:

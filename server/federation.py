@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Protocol
 
 from petalfl import wire
@@ -23,16 +21,16 @@ from petalfl.model import ModelManifest
 
 from .aggregators import parse_aggregator
 from .buffers import BlockResult
-from .config import Config, ConfigError
+from .config import Config
 from .optimizers import parse_optimizer
+from .resume import check_owner, round_from_journal
 from .roster import Roster
 from .rounds import Announced, Assignment, Refusal, Round, mean_loss
-from .schedules import learning_rate
 from .shared_blocks import SharedBlocks
 from .state import Closing, NewVersion, ServerState, StateError
 from .tally import Tally
+from .tasks import make_task
 from .traffic import Traffic
-from .weighting import parse_weighting
 
 log = logging.getLogger("petalfl.server")
 
@@ -82,7 +80,7 @@ class Federation:
         self._timer: asyncio.Handle | None = None
         self._tally = Tally()
         self._traffic = Traffic()
-        self._check_settings()
+        check_owner(state, config, manifest)
         self.shared = SharedBlocks(state, manifest, config.artifacts, config.private_blocks)
         self.roster = Roster(self.shared.sizes, state.candidates())
         self._use(config)
@@ -230,14 +228,21 @@ class Federation:
             self._give_up_late()
         while (due := self._due_blocks()) is not None:
             self._step(due)
-        if self.config.is_async and self.round is not None:
-            idle = [d for d in self.roster.ready if not self.round.is_open(d)]
-            if idle:
-                cohort = {device: self._next_assignment(device) for device in idle}
-                self._state.add_tasks(self.round.round_num, cohort, self._now_s())
-                self._assign(cohort)
-        elif self.round is None and not self._is_over():
+        if self.round is None and not self._is_over():
             self._open_round()
+        if self.round is None and self._is_over() and not self.finished.is_set():
+            self._finish()
+        if self.round is not None and self.config.is_async:
+            self._ask_the_idle()
+
+    def _ask_the_idle(self) -> None:
+        """Asynchronously, every ready device has a task."""
+        assert self.round is not None
+        idle = [device for device in self.roster.ready if not self.round.is_open(device)]
+        cohort = {device: self._next_assignment(device) for device in idle}
+        if cohort:
+            self._state.add_tasks(self.round.round_num, cohort, self._now_s())
+            self._assign(cohort)
 
     def _give_up_late(self) -> None:
         assert self.round is not None
@@ -251,14 +256,8 @@ class Federation:
             return None
         if self.config.is_async:
             return self.round.full(self._num_needed) or None
-        return list(self.shared.blocks) if self.round.is_complete(self._num_enough()) else None
-
-    def _num_enough(self) -> int:
-        """The reports that close a synchronous round."""
-        assert self.round is not None
-        config, size = self.config, len(self.round.cohort)
-        enough = math.ceil(size / config.over_selection)
-        return min(enough, config.cohort_size) if config.cohort_size else enough
+        num_enough = self.config.num_enough(len(self.round.cohort))
+        return list(self.shared.blocks) if self.round.is_complete(num_enough) else None
 
     def _num_needed(self, block: str) -> int:
         """The updates that make up a block's next version."""
@@ -268,6 +267,11 @@ class Federation:
     # Rounds
 
     def _open_round(self) -> None:
+        if unclosed := self._state.unclosed_round():  # where the disk failed in between
+            self.round = self._from_journal(unclosed.round_num)
+            for device in self.roster.ready:
+                self._answer_ready(device)
+            return
         if len(self.roster.ready) < self.config.min_devices:
             return
         round_num = self._state.last_closed_round() + 1
@@ -276,8 +280,6 @@ class Federation:
         self._state.open_round(round_num, cohort, self._now_s())
         self.round = self._from_journal(round_num)
         self._assign(cohort)
-        if self.config.is_async:
-            self._do_what_is_due()
 
     def _next_assignment(self, device: str) -> Assignment:
         """Asynchronously: each device counts its own tasks."""
@@ -296,23 +298,10 @@ class Federation:
 
     def _from_journal(self, round_num: int) -> Round:
         """A round as the state knows it."""
-        config, since = self.config, 0 if self.config.is_async else round_num
-        found = Round(
-            round_num, self.shared.versions, self.shared.blocks, self._aggregator,
-            weigh=parse_weighting(config.weighting),
-            max_staleness=config.max_staleness if config.is_async else 0,
-            max_norm=config.max_update_norm,
-        )  # fmt: skip
-        deadline_s = asyncio.get_running_loop().time() + config.deadline_s
-        for device, assignment in self._state.newest_tasks(since).items():
-            found.assign(device, assignment, deadline_s)
-        for device, block, update_id in self._state.sent_updates(since):
-            found.note(device, block, update_id)
-        for update in self._state.unconsumed_updates(self.shared.sizes):
-            found.buffer(update)
-        for device, report in self._state.journaled_reports(since).items():
-            found.report(device, report)
-        return found
+        deadline_s = asyncio.get_running_loop().time() + self.config.deadline_s
+        return round_from_journal(
+            round_num, self._state, self.shared, self.config, self._aggregator, deadline_s
+        )
 
     def _step(self, names: Collection[str]) -> None:
         """Blocks with enough updates get their next version; others drop what they have."""
@@ -346,9 +335,9 @@ class Federation:
         """With the step of all blocks; asynchronously, with the n-th step of the first block."""
         assert self.round is not None
         round_num = self.round.round_num
-        if self.config.is_async and all(v.version <= round_num for v in versions.values()):
+        if self.config.is_async and all(new.version <= round_num for new in versions.values()):
             return None
-        has_next = self.config.is_async and not 0 < self.config.num_rounds <= round_num
+        has_next = self.config.is_async and not 0 < self._next_config.num_rounds <= round_num
         loss = mean_loss(self._state.reports_in(round_num))
         return Closing(self._now_s(), loss, self._tally.num_late, has_next)
 
@@ -359,15 +348,13 @@ class Federation:
         if closing.has_next and self._next_config == self.config:
             closed.round_num += 1
             self.round = closed
-        elif closing.has_next:
-            self._use(self._next_config)
-            self.round = self._from_journal(closed.round_num + 1)
         else:
             self._use(self._next_config)
-        if self._is_over():
-            self.finished.set()
-            for device in self.roster.ready:
-                self._send(device, wire.Finish(self.shared.pointers_of(self.roster.ready[device])))
+
+    def _finish(self) -> None:
+        self.finished.set()
+        for device, held in self.roster.ready.items():
+            self._send(device, wire.Finish(self.shared.pointers_of(held)))
 
     def _is_over(self) -> bool:
         return 0 < self.config.num_rounds <= self._state.last_closed_round()
@@ -386,19 +373,8 @@ class Federation:
 
     def _task(self, device: str) -> wire.Task:
         assert self.round is not None
-        config, assignment, held = self.config, self.round.cohort[device], self.roster.ready[device]
-        rate = learning_rate(
-            config.schedule, config.hyperparameters.learning_rate, self.round_num,
-            config.num_rounds,
-        )  # fmt: skip
-        return wire.Task(
-            round_num=assignment.round_num,
-            num_rounds=0 if config.is_async else config.num_rounds,
-            hyperparameters=replace(config.hyperparameters, learning_rate=rate),
-            seed=config.seed,
-            blocks=self.shared.pointers_of(held),
-            uploads=None if assignment.blocks == held else tuple(sorted(assignment.blocks)),
-        )
+        assignment, held = self.round.cohort[device], self.roster.ready[device]
+        return make_task(assignment, held, self.shared, self.config, self.round_num)
 
     def _publish(self, block: str, pointer: wire.BlockVersion) -> None:
         assert self._sender is not None
@@ -414,6 +390,8 @@ class Federation:
         self.config = self._next_config = config
         self._aggregator = parse_aggregator(config.aggregator)
         self._optimizer = parse_optimizer(config.server_optimizer)
+        if not self._is_over():  # more rounds were asked for
+            self.finished.clear()
 
     def _set_timer(self, at_s: float | None) -> None:
         if self._timer is not None:
@@ -421,16 +399,3 @@ class Federation:
         self._timer = None
         if at_s is not None:
             self._timer = asyncio.get_running_loop().call_at(at_s, self._advance)
-
-    def _check_settings(self) -> None:
-        for key, value in (
-            ("model layout", self.manifest.layout_sha256),
-            ("private blocks", ",".join(sorted(self.config.private_blocks))),
-            ("mode", self.config.mode),
-        ):
-            stored = self._state.setting(key, value)
-            if stored != value:
-                raise ConfigError(
-                    f"the data folder {self.config.data_dir} was made for another {key} "
-                    f"({stored[:60]!r}, now {value[:60]!r}); choose another --data-dir"
-                )

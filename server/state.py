@@ -22,9 +22,9 @@ from petalfl.model import Block
 from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate, Report
 
+from .database import open_database, transaction
 from .history import History
 from .journal import DATABASE, Journal
-from .journal import SCHEMA as JOURNAL_SCHEMA
 from .norms import norm_of
 from .optimizers import OptimizerState
 from .rounds import Assignment
@@ -40,26 +40,6 @@ from .versions import (
 
 __all__ = ["Closing", "NewVersion", "OpenRound", "ServerState", "StateError"]
 
-_FORMAT = 2  # of the database: PRAGMA user_version
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS devices (
-    name TEXT PRIMARY KEY, salt BLOB NOT NULL, password_sha256 BLOB NOT NULL,
-    modalities TEXT NOT NULL, enrolled_at_s REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS rounds (
-    round_num INTEGER PRIMARY KEY, opened_at_s REAL NOT NULL, closed_at_s REAL, loss REAL,
-    num_late INTEGER);
-CREATE TABLE IF NOT EXISTS tasks (
-    device TEXT, round_num INTEGER, blocks TEXT NOT NULL, opened_in INTEGER NOT NULL,
-    asked_at_s REAL NOT NULL, PRIMARY KEY (device, round_num));
-CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (opened_in);
-CREATE TABLE IF NOT EXISTS versions (
-    block TEXT, version INTEGER, sha256 TEXT NOT NULL, round_num INTEGER NOT NULL,
-    PRIMARY KEY (block, version));
-CREATE TABLE IF NOT EXISTS traffic (
-    round_num INTEGER, device TEXT, block TEXT, bytes_up INTEGER NOT NULL,
-    bytes_down INTEGER NOT NULL, PRIMARY KEY (round_num, device, block));
-"""
 _NEWEST = """
 (SELECT device, MAX(round_num) AS round_num, blocks FROM tasks
  WHERE opened_in >= ? GROUP BY device ORDER BY device)
@@ -103,7 +83,7 @@ class ServerState:
         except OSError as error:
             raise StateError(f"cannot open the data folder {folder}: {error}") from error
         try:
-            self._db = _open_database(folder / DATABASE)
+            self._db = open_database(folder / DATABASE)
         except sqlite3.Error as error:
             os.close(self._lock)
             raise StateError(f"cannot open {folder / 'state.sqlite'}: {error}") from error
@@ -175,14 +155,14 @@ class ServerState:
 
     def open_round(self, round_num: int, cohort: Mapping[str, Assignment], now_s: float) -> None:
         """Notes that a round is open, and who was asked, before the first task goes out."""
-        with self._transaction():
+        with transaction(self._db):
             row = (round_num, now_s)
             self._db.execute("INSERT INTO rounds VALUES (?, ?, NULL, NULL, NULL)", row)
             self._insert_tasks(round_num, cohort, now_s)
 
     def add_tasks(self, round_num: int, cohort: Mapping[str, Assignment], now_s: float) -> None:
         """Notes who else was asked while a round was open, before the tasks go out."""
-        with self._transaction():
+        with transaction(self._db):
             self._insert_tasks(round_num, cohort, now_s)
 
     def unclosed_round(self) -> OpenRound | None:
@@ -243,7 +223,7 @@ class ServerState:
         self._journal.commit()
         for new in versions:
             write_version(self.folder, new)
-        with self._transaction():
+        with transaction(self._db):
             for new in versions:
                 self._insert_version(new, round_num)
             self._db.executemany(
@@ -355,7 +335,7 @@ class ServerState:
 
     def add_traffic(self, counts: Mapping[tuple[int, str, str], tuple[int, int]]) -> None:
         """Adds bytes up and down by round, device and block."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.executemany(
                 "INSERT INTO traffic VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "bytes_up = bytes_up + excluded.bytes_up, "
@@ -367,44 +347,6 @@ class ServerState:
         digest = checksum(new.parameters, new.optimizer_state)
         row = (new.block.name, new.version, digest, round_num)
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", row)
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-def _open_database(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None)
-    try:
-        path.chmod(0o600)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
-        _check_format(db, path)
-        db.executescript(_SCHEMA + JOURNAL_SCHEMA)
-        db.execute(f"PRAGMA user_version={_FORMAT}")
-    except (sqlite3.Error, StateError):
-        db.close()
-        raise
-    return db
-
-
-def _check_format(db: sqlite3.Connection, path: Path) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    (num_tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if num_tables and version != _FORMAT:
-        raise StateError(
-            f"{path} has format {version}, this server reads {_FORMAT}; choose another --data-dir"
-        )
-
-
-class _Transaction:
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
 def _digest(salt: bytes, password: str) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import server.federation
 from petalfl import topics, wire
 from petalfl.errors import ModelError
 from petalfl.model import ModelManifest
@@ -21,6 +22,7 @@ from server.buffers import BlockResult
 from server.config import ConfigError
 from server.federation import Federation
 from server.journal import read_delta
+from server.state import StateError
 from tests.server.builders import (
     ENROLLED,
     FED,
@@ -708,6 +710,25 @@ async def test_a_round_whose_closing_failed_is_closed_later(
         run.ready("watch")
         await clock.advance(100)
         assert run.state.last_closed_round() >= 1
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_a_round_whose_opening_failed_half_way_is_opened_later(
+    site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    with site.run(mode=mode) as run:
+        with monkeypatch.context() as patch:
+
+            def fail(*arguments: object) -> None:
+                raise StateError("the disk does not read")
+
+            patch.setattr(server.federation, "round_from_journal", fail)
+            run.ready("watch")
+            assert run.federation.round is None and run.sender.sent == []
+        await clock.advance(11)
+        assert run.sender.tasks(1).keys() == {"watch"}
+        await run.finish_round(1)
+        assert run.federation.refused == {}
 
 
 async def test_an_update_of_an_open_round_is_not_rejected_before_the_start(site: Site) -> None:
