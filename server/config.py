@@ -38,6 +38,7 @@ class Config:
         quorum: A block with fewer updates keeps its version.
         buffer_size: In mode async: the updates that make up a block's next version.
         max_staleness: In mode async: an update's base may be so many versions old.
+        keep_versions: Of each block, the newest that stay on disk.
         max_upload_bytes: A device sends the blocks that this has room for; 0: all of them.
         aggregator: As `parse_aggregator` reads it; the other rules likewise.
         max_update_norm: A longer update of a block is scaled down to it; 0: never.
@@ -60,6 +61,7 @@ class Config:
     quorum: PerBlock = field(default_factory=lambda: PerBlock(1))
     buffer_size: PerBlock = field(default_factory=lambda: PerBlock(10))
     max_staleness: int = 20
+    keep_versions: int = 20
     max_upload_bytes: int = 0
     aggregator: str = "weighted-mean"
     server_optimizer: str = "sgd"
@@ -108,7 +110,8 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
 
 _AS_THEY_ARE = (
     "mode", "selection", "cohort_size", "over_selection", "quorum", "buffer_size",
-    "max_staleness", "max_upload_bytes", "aggregator", "weighting", "max_update_norm",
+    "max_staleness", "keep_versions", "max_upload_bytes", "aggregator", "weighting",
+    "max_update_norm",
 )  # fmt: skip
 
 

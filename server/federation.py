@@ -323,6 +323,8 @@ class Federation:
             count = self._tally.counted if name in versions else self._tally.dropped
             count[name] += len(result.update_ids)
             stepping.step(name, self.shared.versions[name], self._aggregator)
+        in_use = self.config.max_staleness + 1 if self.config.is_async else 1
+        self._state.prune_versions(max(self.config.keep_versions, in_use))
         if closing is not None:
             self._close(stepping, closing)
 

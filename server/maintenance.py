@@ -19,7 +19,7 @@ from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 
 from .journal import DATABASE, FOLDER, read_delta, segments
-from .versions import StateError, checksum, read_any_version, version_path
+from .versions import OLDEST, StateError, checksum, read_any_version, version_path
 
 ATTEMPTS = 10  # to copy what a running server is at work on
 DEFAULT = Path("petalfl-data")
@@ -219,7 +219,8 @@ def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
         try:
             _check_version(folder, block, version, sha256)
         except StateError as error:
-            found.damages.append(str(error))
+            if version >= _oldest_version(db, block):  # else a running server has dropped it
+                found.damages.append(str(error))
     waiting = db.execute(_WAITING).fetchall()
     found.journal = {
         "num_waiting": len(waiting),
@@ -238,8 +239,15 @@ def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
 
 def _kept_versions(db: sqlite3.Connection) -> list[tuple[str, int, str]]:
     return db.execute(
-        "SELECT block, version, sha256 FROM versions ORDER BY block, version"
+        "SELECT block, version, sha256 FROM versions LEFT JOIN settings ON key = ? || block "
+        "WHERE version >= COALESCE(CAST(value AS INTEGER), 1) ORDER BY block, version",
+        (OLDEST,),
     ).fetchall()
+
+
+def _oldest_version(db: sqlite3.Connection, block: str) -> int:
+    row = db.execute("SELECT value FROM settings WHERE key = ?", (OLDEST + block,)).fetchone()
+    return int(row[0]) if row else 1
 
 
 def _check_version(folder: Path, block: str, version: int, sha256: str) -> None:
@@ -266,12 +274,28 @@ def _copy(folder: Path, target: Path) -> None:
     with _reading(folder) as source, closing(sqlite3.connect(target / DATABASE)) as db:
         (target / DATABASE).chmod(0o600)
         source.backup(db)
-        for block, version, sha256 in _kept_versions(db):
-            _check_version(folder, block, version, sha256)
-            copy = version_path(target, block, version)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(copy, version_path(folder, block, version).read_bytes(), mode=0o644)
+        for block, version, sha256 in reversed(_kept_versions(db)):  # the newest first
+            try:
+                _copy_version(folder, target, block, version, sha256)
+            except StateError:
+                if version >= _oldest_version(source, block):
+                    raise
+                row = (OLDEST + block, str(max(version + 1, _oldest_version(db, block))))
+                db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+                db.commit()
         for position, num_bytes, crc32 in db.execute(_WAITING):
             delta = read_delta(folder / FOLDER, position, num_bytes, crc32)
             # A segment of its own, so that its row need not change.
             write_atomic(target / FOLDER / f"{position:020}.deltas", delta)
+
+
+def _copy_version(folder: Path, target: Path, block: str, version: int, sha256: str) -> None:
+    """Copies what is then checked: the source's file may go away, or be damaged."""
+    source, copy = (version_path(root, block, version) for root in (folder, target))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise StateError(f"cannot read {source}: {error}") from error
+    write_atomic(copy, data, mode=0o644)
+    _check_version(target, block, version, sha256)

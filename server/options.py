@@ -239,6 +239,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-staleness", _at_least(0), 20,
            "of mode async: an update may have started so many versions ago; after s versions it "
            "weighs 1/√(1+s)", ROUNDS, "N", is_reloadable=True),
+    Option("keep-versions", _at_least(1), 20,
+           "of each block, so many of the newest; in mode async at least those that updates may "
+           "have started from", ROUNDS, "N", is_reloadable=True),
     Option("max-upload-bytes", _at_least(0), 0,
            "a device sends the blocks that this has room for, by impact, size and age; 0: all",
            ROUNDS, "N", is_reloadable=True),

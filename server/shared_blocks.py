@@ -81,7 +81,7 @@ class SharedBlocks:
         newest = self.pointers[name].version
         if version == newest:
             return self._bodies[name]
-        if not 1 <= version < newest:
+        if not self._state.oldest_version(name) <= version < newest:
             return None
         return to_bytes(self._state.read_version(self.blocks[name], version)[0])
 

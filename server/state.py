@@ -30,6 +30,7 @@ from .optimizers import OptimizerState
 from .rounds import Assignment
 from .selection import Candidate
 from .versions import (
+    OLDEST,
     NewVersion,
     StateError,
     checksum,
@@ -311,6 +312,21 @@ class ServerState:
             new = NewVersion(block, 1, parameters, {})
             write_version(self.folder, new)
             self._insert_version(new, 0)
+
+    def prune_versions(self, keep: int) -> None:
+        """Deletes the files of all but the newest ``keep`` versions of each block."""
+        for block, newest in self.newest_versions().items():
+            before, oldest = self.oldest_version(block), newest - keep + 1
+            if oldest > before:
+                self.replace_setting(OLDEST + block, str(oldest))  # first: nobody misses a file
+                for version in range(before, oldest):
+                    version_path(self.folder, block, version).unlink(missing_ok=True)
+
+    def oldest_version(self, block: str) -> int:
+        """The oldest that is kept."""
+        query = "SELECT value FROM settings WHERE key = ?"
+        row = self._db.execute(query, (OLDEST + block,)).fetchone()
+        return int(row[0]) if row else 1
 
     def newest_versions(self) -> dict[str, int]:
         """By block, its newest version."""

@@ -18,6 +18,7 @@ from petalfl.vectors import Vector, to_bytes
 
 from .optimizers import OptimizerState
 
+OLDEST = "oldest version of "  # and a block: the setting that says from where on files are kept
 _ORDER = "tensors"  # in the metadata: the block's own tensors as its vector has them
 _OPTIMIZER = "optimizer."  # before the names of its state, which lie beside the parameters
 

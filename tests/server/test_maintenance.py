@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from server import __main__ as cli
+from server.config import PerBlock
 from server.journal import Journal
 from server.maintenance import MaintenanceError, backup, inspect, restore
 from server.state import ServerState
@@ -102,6 +103,39 @@ async def test_backups_of_a_running_server_are_whole(
         assert {of["newest"] for of in found.versions.values()} == {found.rounds_closed + 1}
         closed.append(found.rounds_closed)
     assert closed == sorted(closed) and closed[-1] > closed[0]
+
+
+async def test_old_versions_make_way(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    with site.run(ready=["watch", "phone"], min_devices=2, keep_versions=3) as run:
+        for round_num in range(1, 8):
+            await run.finish_round(round_num, 0.5)
+        shared = run.federation.shared
+        assert shared.versions == dict.fromkeys(SIZES, 8)
+        kept = [v for v in range(10) if shared.body("head", v) is not None]
+        assert kept == [6, 7, 8]
+    with site.run(keep_versions=3) as run:  # and after a restart
+        assert run.federation.shared.body("head", 5) is None
+    assert {p.name for p in (site.data_dir / "blocks").glob("*/*")} == {
+        "6.safetensors", "7.safetensors", "8.safetensors",
+    }  # fmt: skip
+    [found] = inspect(site.data_dir)
+    assert found.damages == [] and found.versions["head"] == {"newest": 8, "num_files": 3}
+    backup(site.data_dir, tmp_path / "backup")
+    assert inspect(tmp_path / "backup")[0].damages == []
+
+
+async def test_versions_that_updates_may_start_from_are_kept(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    with site.run(
+        ready=["watch"], mode="async", buffer_size=PerBlock(1), max_staleness=4, keep_versions=1
+    ) as run:
+        for round_num in range(1, 10):
+            await run.finish_round(round_num, 0.5, "watch")
+        newest = run.federation.shared.versions["head"]
+        assert newest == 10
+        kept = [v for v in range(newest + 1) if run.federation.shared.body("head", v) is not None]
+        assert kept == [6, 7, 8, 9, 10]
 
 
 def flip(path: Path, place: int = -3) -> None:
