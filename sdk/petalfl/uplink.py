@@ -40,12 +40,14 @@ class Uplink:
     async def deliver(self, outgoing: Outgoing) -> wire.Receipt:
         """Sends until the server has accepted or rejected it; returns that receipt.
 
-        A last word that comes before everything is sent ends the sending, too.
+        Of an update in several chunks it asks first what the server wants: it may have no room
+        yet, and then answers when it has, or may not want it at all. A last word that comes before
+        everything is sent ends the sending, too.
         """
         message = wire.decode(outgoing.message)
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
-        missing = set(range(len(chunks)))
+        missing = set(range(len(chunks))) if len(chunks) == 1 else set()
         delay_s = delays(*BACKOFF_S)
         while True:
             try:
@@ -53,11 +55,24 @@ class Uplink:
             except (TransportError, asyncio.TimeoutError) as error:
                 log.warning("no receipt yet (%s): asking again", error or "timeout")
                 missing = set()  # ask first what has arrived
-                await asyncio.sleep(next(delay_s))
-                continue
+                late = await self._listen(message.update_id, next(delay_s))
+                if late is None:
+                    continue
+                receipt = late
             if receipt.status != "missing":
                 return receipt
             missing = wire.read_bitmap(receipt.missing, len(chunks)) or set(range(len(chunks)))
+
+    async def _listen(self, update_id: bytes, timeout_s: float) -> wire.Receipt | None:
+        """A receipt that comes late, while nothing is sent."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[update_id] = future
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            del self._waiting[update_id]
 
     async def _attempt(
         self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]

@@ -37,7 +37,10 @@ ACCEPTED = Receipt(ID, "accepted")
 
 
 class Server:
-    """Takes what comes, and answers each `Fin` and `Report` by its script; None: not at all."""
+    """Takes what comes, and answers each `Fin` and `Report` by its script; None: not at all.
+
+    That the device asks before it sends is answered first, with a wish for all chunks.
+    """
 
     def __init__(self, transport: MemoryTransport, *script: Receipt | None) -> None:
         self.got: list[tuple[str, wire.Message]] = []
@@ -52,20 +55,29 @@ class Server:
     def _receive(self, topic: str, payload: bytes) -> None:
         message = wire.decode(payload)
         self.got.append((topic, message))
-        if isinstance(message, (Fin, Report)) and (receipt := self._script.pop(0)):
+        receipt: Receipt | None = None
+        if self.is_first_question:
+            receipt = missing(*ALL)
+        elif isinstance(message, (Fin, Report)):
+            receipt = self._script.pop(0)
+        if receipt is not None:
             work = self._transport.publish(topics.acks("f", "dev-1"), wire.encode(receipt))
             self._sending.append(asyncio.create_task(work))
 
     @property
+    def is_first_question(self) -> bool:
+        return [type(message) for _, message in self.got] == [UpdateManifest, Fin]
+
+    @property
     def attempts(self) -> list[list[object]]:
-        """What came, attempt by attempt: class names, and indices for chunks."""
+        """What came after the first question, by attempt: class names, indices for chunks."""
         attempts: list[list[object]] = [[]]
         for _, message in self.got:
             attempts[-1].append(message.index if isinstance(message, Chunk) else type(message))
             if isinstance(message, (Fin, Report)):
                 attempts.append([])
         assert attempts.pop() == []
-        return attempts
+        return attempts[1:] if attempts[0] == [UpdateManifest, Fin] else attempts
 
     @property
     def payload(self) -> bytes:
@@ -256,9 +268,9 @@ async def test_never_more_than_a_window_of_chunks_under_way(rig: Rig) -> None:
     assert server.payload == PAYLOAD
 
 
-@pytest.mark.parametrize("failure", [1, 2, 12, 22])
+@pytest.mark.parametrize("failure", [1, 2, 3, 4, 14, 24])
 async def test_a_publish_that_fails_is_tried_again(rig: Rig, failure: int) -> None:
-    """Of the manifest, the first chunk, a later one, or the fin."""
+    """Of the question, the manifest, the first chunk, a later one, or the fin."""
     flaky = Flaky(rig.device, failure)
     rig.uplink = Uplink(flaky, "f", "dev-1")
     server = Server(rig.broker.connect())
@@ -319,3 +331,18 @@ async def test_two_updates_at_once(rig: Rig) -> None:
     first, second = await asyncio.wait_for(asyncio.gather(*deliveries), 5)
     assert (first.status, second.status) == ("accepted", "rejected")
     assert seen == {ID: 1, other_id: 1}
+
+
+async def test_a_receipt_that_comes_during_a_pause_is_heard(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server without room answers when it has some."""
+    monkeypatch.setattr(uplink, "BACKOFF_S", (60.0, 60.0))
+    server = Server(rig.broker.connect(), None, ACCEPTED)
+    await server.open()
+    delivery = asyncio.create_task(rig.uplink.deliver(UPDATE))
+    await asyncio.sleep(4 * uplink.RECEIPT_TIMEOUT_S)
+    assert not delivery.done()
+    rig.uplink.receive(missing(2))
+    assert await asyncio.wait_for(delivery, 5) == ACCEPTED
+    assert server.attempts[1:] == [[UpdateManifest, 2, Fin]]
