@@ -160,6 +160,15 @@ def test_one_federation_is_named_by_its_setting(tmp_path: Path) -> None:
         from_file(tmp_path, TWO, federation="cars")
 
 
+def test_the_example_in_the_docs_is_possible() -> None:
+    path = Path(__file__).parents[2] / "docs" / "server.toml"
+    effective = resolve({"config": str(path)}, {})
+    configs = {n: make_config(n, one, TINY) for n, one in effective.federations.items()}
+    assert configs["watches"].private_blocks == ("fusion", "head")
+    assert configs["watches"].data_dir == Path("/var/lib/petalfl/watches")
+    assert configs["cars"].is_async and configs["cars"].max_upload_bytes == 2_000_000
+
+
 # One next to another
 
 IMPOSSIBLE = {
