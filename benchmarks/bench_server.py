@@ -277,6 +277,7 @@ def machine_limits(folder: Path) -> str:
         syncs = 200 / (time.perf_counter() - start_s)
     (folder / "probe").unlink()
     source, target = bytes(100_000_000), bytearray(100_000_000)
+    target[:] = source  # whose pages exist from here on
     start_s = time.perf_counter()
     target[:] = source
     copy_gb = 0.1 / (time.perf_counter() - start_s)

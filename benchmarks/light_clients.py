@@ -62,6 +62,8 @@ class LightClient:
         self._uplink = Uplink(self._transport, federation, device)
         self._queue: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
         self._digests: dict[int, str] = {}  # by id of the payload
+        self._announced: tuple[Sequence[str], Sequence[str]] | None = None
+        self._announcing: asyncio.Task[None] | None = None
 
     async def subscribe(self) -> None:
         """Subscribes to what comes down."""
@@ -69,13 +71,19 @@ class LightClient:
         await self._transport.subscribe(topic, self._receive)
 
     async def announce(self, modalities: Sequence[str], tasks: Sequence[str]) -> None:
-        """Says that it is here and can take a task."""
+        """Says that it is here and can take a task, now and after each break."""
+        self._announced = (modalities, tasks)
         online = wire.encode(wire.Status(is_online=True))
         status = topics.status(self._federation, self.device)
         await self._transport.publish(status, online, retain=True)
         ready = wire.encode(wire.Ready(tuple(modalities), tuple(tasks)))
         request = topics.request(self._federation, self.device)
         await self._transport.publish(request, ready, retain=True)
+
+    def announce_again(self) -> None:
+        """To a broker that may have forgotten it."""
+        if self._announced is not None:
+            self._announcing = asyncio.create_task(self.announce(*self._announced))
 
     async def run(self) -> wire.Finish:
         """Works off its tasks; the message that finished it."""
@@ -182,9 +190,10 @@ async def open_fleet(
                     Endpoint(session["mqtt_host"], session["mqtt_port"], session["mqtt_is_tls"]),
                     login=(device, password),
                     client_id=f"{federation}-{device}",
+                    on_connect=lambda: client.announce_again(),
                 )
-                await transport.connect()
                 client = LightClient(transport, federation, device, make_payload)
+                await transport.connect()
                 await client.subscribe()
             return client
 

@@ -25,7 +25,7 @@ def missing_mosquitto() -> str | None:
 
 
 @contextmanager
-def mosquitto(directory: Path) -> Iterator[str]:
+def mosquitto(directory: Path, port: int = 0) -> Iterator[str]:
     """Run a Mosquitto whose state is in ``directory``; yield its URL with the admin login.
 
     A second run in the same directory finds the logins that the first one left.
@@ -34,7 +34,7 @@ def mosquitto(directory: Path) -> Iterator[str]:
     if not logins.exists():
         init = [str(_find("mosquitto_ctrl")), "dynsec", "init", str(logins), ADMIN, PASSWORD]
         subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
-    port = _free_port()
+    port = port or free_port()
     config = directory / "mosquitto.conf"
     config.write_text(_config(port, logins))
     with (directory / "mosquitto.log").open("ab") as log:
@@ -73,7 +73,7 @@ def _find_plugin() -> Path | None:
     return next(shallow, None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

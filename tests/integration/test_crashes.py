@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from benchmarks.light_clients import LightClient, open_fleet
 from petalfl import uplink
 from petalfl.vectors import to_bytes
 from tests.integration.harness import Server, running_server
-from tests.mosquitto import missing_mosquitto, mosquitto
+from tests.mosquitto import free_port, missing_mosquitto, mosquitto
 from tests.server.builders import INITIAL, SIZES, write_artifacts
 
 NUM_KILLS = 50
@@ -78,13 +79,18 @@ def assert_nothing_is_lost_or_counted_twice(server: Server, fleet: list[LightCli
         np.testing.assert_allclose(found, undisturbed(block, num_rounds), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that ask again at once."""
+    monkeypatch.setattr(uplink, "RECEIPT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(uplink, "BACKOFF_S", (0.02, 0.1))
+
+
 @pytest.mark.mosquitto
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 async def test_fifty_kills_lose_nothing_and_count_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, impatient: None
 ) -> None:
-    monkeypatch.setattr(uplink, "RECEIPT_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(uplink, "BACKOFF_S", (0.02, 0.1))
     write_artifacts(tmp_path / "artifacts")
     (tmp_path / "broker").mkdir()
     with (
@@ -109,3 +115,41 @@ async def test_fifty_kills_lose_nothing_and_count_nothing_twice(
             await client.close()
         assert_nothing_is_lost_or_counted_twice(server, fleet)
         server.start()
+
+
+@pytest.mark.mosquitto
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+async def test_a_broker_that_restarts_again_and_again_changes_nothing(
+    tmp_path: Path, impatient: None
+) -> None:
+    """Server and devices come back to it and subscribe again; it has forgotten everybody."""
+    write_artifacts(tmp_path / "artifacts")
+    (tmp_path / "broker").mkdir()
+    port = free_port()
+    held = ["acc", "gyro"]
+    with ExitStack() as broker, ExitStack() as stack:
+        url = broker.enter_context(mosquitto(tmp_path / "broker", port))
+        server = stack.enter_context(
+            running_server(
+                tmp_path / "artifacts", tmp_path / "server", "--broker", url,
+                "--min-devices", str(len(DEVICES)), "--log-level", "warning",
+            )
+        )  # fmt: skip
+        fleet = await open_fleet(server.url, server.token, "default", DEVICES, held, make_payload)
+        running = [asyncio.create_task(client.run()) for client in fleet]
+        for client in fleet:
+            await client.announce(held, ["head"])
+        for _ in range(5):
+            before = server.get("status")["round_num"]
+            await server.until(lambda s: s["round_num"] > before + 2, "rounds")  # noqa: B023
+            await asyncio.to_thread(broker.close)
+            await asyncio.sleep(0.1)
+            broker.enter_context(mosquitto(tmp_path / "broker", port))
+        before = server.get("status")["round_num"]
+        await server.until(lambda status: status["round_num"] > before + 2, "rounds after it all")
+        for task in running:
+            task.cancel()
+        for client in fleet:
+            await client.close()
+        await asyncio.to_thread(server.stop)
+        assert_nothing_is_lost_or_counted_twice(server, fleet)
