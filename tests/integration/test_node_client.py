@@ -344,3 +344,24 @@ def test_what_goes_wrong_is_one_line(watch_artifacts: Path, tmp_path: Path) -> N
     assert (code, out) == (1, "")
     assert errors.count("\n") == 1
     assert "ECONNREFUSED" in errors
+
+
+def test_a_budget_and_a_pace_of_its_own(watch_artifacts: Path, tmp_path: Path) -> None:
+    """An asynchronous federation of one, whose every task has room for one of two blocks."""
+    member = three_devices()[2]
+    manifest = ModelManifest.load(watch_artifacts)
+    budget = 4 * max(manifest.block(block).size for block in SHARED)
+    arguments = ("--scheme", "phf", "--rounds", "3", "--mode", "async", "--buffer-size", "1",
+                 "--max-upload-bytes", str(budget))  # fmt: skip
+    with running_server(watch_artifacts, tmp_path / "server", *arguments) as server:
+        code, out, errors = end(start(server, member, tmp_path))
+        assert code == 0
+        # The update that makes the last step ends it all; the report behind it comes too late.
+        assert errors in ("", "rejected: no round is open\n")
+        sent = server.query("SELECT round_num, block, base_version FROM updates ORDER BY round_num")
+        assert [round_num for round_num, _, _ in sent] == list(range(1, len(sent) + 1))
+        assert {block for _, block, _ in sent} == set(SHARED)
+        assert len(out.splitlines()) == len(sent)
+        versions = server.get("status")["shared_blocks"]
+        assert sum(versions.values()) - len(SHARED) == len(sent)
+        assert max(versions.values()) == 4
