@@ -1,45 +1,62 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests import stock
+from tests.reference_artifacts import export_to
+
+READY_MADE = os.environ.get("PETALFL_TEST_ARTIFACTS")
+"""A folder that `tests.reference_artifacts` has written, for an environment without torch."""
+
 # torch and export are imported by the fixtures alone: most tests need neither.
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """The artifacts of one of `tests.reference_artifacts.MODELS`."""
+    if READY_MADE:
+        return Path(READY_MADE) / name
+    if find_spec("torch") is None:
+        pytest.skip("torch is not installed: set PETALFL_TEST_ARTIFACTS, as make test-stock does")
+    return export_to(tmp_path_factory.mktemp("artifacts"), name)
 
 
 @pytest.fixture(scope="session")
 def watch_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of the reference model, `export.models.har:watch`."""
-    from export import export_model
-    from export.models.har import watch
-
-    out = tmp_path_factory.mktemp("watch") / "artifacts"
-    export_model(watch(), out)
-    return out
+    return made_once(tmp_path_factory, "watch")
 
 
 @pytest.fixture(scope="session")
 def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of `tests.export.tiny:small`: modalities a and b, three classes."""
-    from export import export_model
-    from tests.export.tiny import small
-
-    out = tmp_path_factory.mktemp("small") / "artifacts"
-    export_model(small(), out)
-    return out
+    return made_once(tmp_path_factory, "small")
 
 
 @pytest.fixture(scope="session")
 def several_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of `tests.petalfl.torch_models:several`: modalities motion and text."""
-    from export import export_model
-    from tests.petalfl.torch_models import several
+    return made_once(tmp_path_factory, "several")
 
-    out = tmp_path_factory.mktemp("several") / "artifacts"
-    export_model(several(), out)
-    return out
+
+@pytest.fixture(scope="session")
+def stock_python() -> Path:
+    """The interpreter of the second environment."""
+    if not stock.PYTHON.exists() and "PETALFL_STOCK" not in os.environ:
+        pytest.skip(f"{stock.PYTHON} is not there: make stock")
+    return stock.PYTHON
+
+
+@pytest.fixture(scope="session")
+def stock_steps(stock_python: Path) -> Iterator[stock.StockSteps]:
+    """Local steps in the second environment."""
+    with stock.StockSteps() as steps:
+        assert steps.runtime.engine == "ort"
+        yield steps
 
 
 @pytest.hookimpl(wrapper=True)

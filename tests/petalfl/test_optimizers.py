@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,15 +62,15 @@ def test_the_scale_and_the_pull_by_hand(made: Any) -> None:
     np.testing.assert_array_equal(state.anchor, [1.0])
 
 
-SETTINGS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
-    "sgd": (sgd, torch.optim.SGD, {}, {}),
-    "momentum": (sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1},
+SETTINGS: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
+    "sgd": (sgd, "SGD", {}, {}),
+    "momentum": (sgd, "SGD", {"momentum": 0.9, "weight_decay": 0.1},
                  {"momentum": 0.9, "weight_decay": 0.1}),
-    "nesterov": (sgd, torch.optim.SGD, {"momentum": 0.5, "nesterov": True},
+    "nesterov": (sgd, "SGD", {"momentum": 0.5, "nesterov": True},
                  {"momentum": 0.5, "nesterov": True}),
-    "adamw": (adamw, torch.optim.AdamW, {}, {"weight_decay": 0.0}),
+    "adamw": (adamw, "AdamW", {}, {"weight_decay": 0.0}),
     "adamw with all": (
-        adamw, torch.optim.AdamW,
+        adamw, "AdamW",
         {"beta1": 0.5, "beta2": 0.75, "epsilon": 0.01, "weight_decay": 0.125},
         {"betas": (0.5, 0.75), "eps": 0.01, "weight_decay": 0.125},
     ),
@@ -80,6 +79,7 @@ SETTINGS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_as_pytorch(made: Any, case: str) -> None:
+    torch = pytest.importorskip("torch", reason="without torch: PyTorch is the judge")
     build, judge_type, ours, theirs = SETTINGS[case]
     optimizer = made(build, **ours)
 
@@ -95,7 +95,7 @@ def test_as_pytorch(made: Any, case: str) -> None:
         start: list[float], gradients: list[list[float]], rate: float, scale: float, mu: float
     ) -> None:
         expected = torch.nn.Parameter(torch.tensor(start))
-        judge = judge_type([expected], lr=rate, **theirs)
+        judge = getattr(torch.optim, judge_type)([expected], lr=rate, **theirs)
         found, state = vector(*start), optimizer.init(vector(*start))
         for gradient in gradients:
             pull = mu * (expected.detach() - torch.tensor(start))
