@@ -1,21 +1,18 @@
 """The law of export for one block, written independently of `export.law`: PyTorch is the judge.
 
-`check` builds the graphs of a case of `tests.export.layers` and compares, at other lengths of the
-batch than the traced one: training outputs, gradients of every parameter and input, running
+`export` builds the graphs of a case of `tests.export.layers`; `check` compares, at other lengths of
+the batch than the traced one: training outputs, gradients of every parameter and input, running
 statistics, evaluation outputs, and three steps of each optimizer.
-
-    python -m tests.export.layer_law --write docs/layers.md
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import copy
 import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -32,8 +29,7 @@ from export.checks import check_blocks, check_output
 from export.graph import BATCH_SIZE, build_graphs
 from export.optimizers import build_optimizers
 from export.program import Size, Value
-from petalfl.errors import ModelError
-from tests.export.layers import CASES, TRACED_LENGTH, Case
+from tests.export.layers import TRACED_LENGTH, Case
 
 TOLERANCE = 1e-5
 COINCIDENCE = 1e-2  # a larger error is no rounding, nor a tie of a ReLU
@@ -248,7 +244,7 @@ class Exported:
             None,
         )
         self._check(spec, inputs)
-        self._graphs = build_graphs(
+        self.graphs = build_graphs(
             spec,
             {name: _type_of(x, case.varying) for name, x in inputs.items()},
             inputs,
@@ -256,7 +252,7 @@ class Exported:
             differentiate_by=[name for name, x in inputs.items() if x.is_floating_point()],
             axes=_AXES if case.varying else {},
         )
-        graphs = self._graphs
+        graphs = self.graphs
         assert graphs.min_batch == case.min_batch
         assert np.array_equal(graphs.vector, vector_of(module))
         self.dropouts, self.varying = graphs.dropouts, case.varying
@@ -341,20 +337,24 @@ def split(vector: NDArray[np.float32], like: Tensors) -> Iterator[tuple[str, NDA
     assert start == len(vector), f"a vector of {len(vector)}, expected {start}"
 
 
-def check(case: Case) -> dict[str, float]:
-    """The errors of a case by what is compared; see the module's docstring.
-
-    An error that is no larger than chance makes it, as of a sum that nearly cancels, is measured
-    on two more draws: what is wrong is wrong on all of them.
+def export(case: Case) -> Exported:
+    """Its graphs.
 
     Raises:
         ModelError: The block is refused.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-        warnings.filterwarnings("ignore", "LSTM with projections")
-        exported = Exported(case)
-        errors: dict[str, float] = {}
+    with _quiet():
+        return Exported(case)
+
+
+def check(case: Case, exported: Exported) -> dict[str, float]:
+    """The errors of a case by what is compared; see the module's docstring.
+
+    An error that is no larger than chance makes it, as of a sum that nearly cancels, is measured
+    on two more draws: what is wrong is wrong on all of them.
+    """
+    errors: dict[str, float] = {}
+    with _quiet():
         for length in LENGTHS:
             if length >= case.min_batch:
                 errors |= _without_chance(lambda seed, n=length: _step_errors(  # type: ignore[misc]
@@ -364,6 +364,14 @@ def check(case: Case) -> dict[str, float]:
                 lambda seed, o=optimizer: _optimizer_errors(case, exported, o, seed)  # type: ignore[misc]
             )
     return errors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
+        warnings.filterwarnings("ignore", "LSTM with projections")
+        yield
 
 
 def _without_chance(measure: Callable[[int], dict[str, float]]) -> dict[str, float]:
@@ -506,66 +514,3 @@ def _optimizer_errors(
 @functools.cache
 def _optimizer_session(name: str) -> onnxruntime.InferenceSession:
     return session(build_optimizers()[name])
-
-
-class Row(NamedTuple):
-    """A row of the table; ``note`` is the worst error, or the reason for the refusal."""
-
-    kind: str
-    configuration: str
-    verdict: str
-    note: str
-
-    def __str__(self) -> str:
-        return f"| {' | '.join(self)} |"
-
-
-def row(case: Case) -> Row:
-    """Runs the case and writes down what comes of it."""
-    try:
-        worst = float(np.max([*check(case).values()]))  # NaN if one is
-    except ModelError as error:
-        reason = str(error).removeprefix(f"block {BLOCK}: ").replace("|", "\\|")
-        return Row(case.kind, case.configuration, "refused", " ".join(reason.split()))
-    except AssertionError as error:
-        return Row(case.kind, case.configuration, "WRONG", str(error))
-    verdict = "exact" if worst <= TOLERANCE else "WRONG"
-    return Row(case.kind, case.configuration, verdict, f"{worst:.0e}")
-
-
-def table(text: str) -> list[Row]:
-    """The rows of the table in a page."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    return [Row(*line[2:-2].split(" | ", 3)) for line in lines[1:]]
-
-
-HEADING = f"""\
-# Layers
-
-What `python -m export` does with each kind of layer. *Exact*: training outputs, the gradients of
-all parameters and inputs, running statistics, evaluation outputs, and the parameters after
-{NUM_STEPS} steps of SGD with momentum and of AdamW equal PyTorch's within {TOLERANCE:g}, with the
-same dropout masks and on batches of other lengths than the traced ones. *Refused*: the export stops
-with the reason given.
-
-What is not listed is most likely exported too: every export is checked against PyTorch, and what
-differs is refused. The cases are in `tests/export/layers.py`; this page is made from them:
-
-    python -m tests.export.layer_law --write docs/layers.md
-
-| Layer | Configuration | Verdict | Largest relative error, or the reason |
-|---|---|---|---|
-"""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Runs every case and lists the verdicts.")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="default: the terminal")
-    write = parser.parse_args().write
-    torch.set_num_threads(1)
-    page = HEADING + "".join(f"{row(case)}\n" for case in CASES)
-    print(page, end="") if write is None else write.write_text(page)
-
-
-if __name__ == "__main__":
-    main()

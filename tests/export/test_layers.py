@@ -6,16 +6,20 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from petalfl.errors import ModelError
-from tests.export import layer_law
-from tests.export.layer_law import TOLERANCE, Exported, Masked, check, named
+from tests.engine_steps import layer_losses
+from tests.export import layer_law, layer_page
+from tests.export.layer_law import TOLERANCE, Exported, Masked, check, export, named
+from tests.export.layer_steps import write_layer
 from tests.export.layers import CASES, Case
+from tests.stock import TOLERANCE as RUNTIME_TOLERANCE
+from tests.stock import StockSteps, largest_difference
 
 PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
 EXACT = [case for case in CASES if case.refusal is None]
@@ -38,15 +42,48 @@ def title(case: Case) -> str:
     return f"{case.kind}: {case.configuration}"
 
 
-@pytest.mark.parametrize("case", EXACT, ids=title)
-def test_the_law(case: Case) -> None:
-    errors = check(case)
+def by_title(wanted: str) -> Case:
+    (case,) = [case for case in CASES if title(case) == wanted]
+    return case
+
+
+class Graphs(NamedTuple):
+    """A case's, exported once for all that is asked of it."""
+
+    case: Case
+    exported: Exported
+
+
+@pytest.fixture(scope="module", params=EXACT, ids=title)
+def graphs(request: pytest.FixtureRequest) -> Graphs:
+    return Graphs(request.param, export(request.param))
+
+
+def test_the_law(graphs: Graphs) -> None:
+    errors = check(*graphs)
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def test_both_runtimes_train_alike(graphs: Graphs, stock_steps: StockSteps, tmp_path: Path) -> None:
+    write_layer(*graphs, tmp_path)
+    found, expected = stock_steps.losses(tmp_path), layer_losses(tmp_path)
+    assert largest_difference(found, expected) <= RUNTIME_TOLERANCE
+
+
+def test_a_difference_is_found(stock_steps: StockSteps, tmp_path: Path) -> None:
+    case = by_title("Linear: (b, c)")
+    write_layer(case, export(case), tmp_path)
+    expected = layer_losses(tmp_path)
+    with np.load(tmp_path / "arrays.npz") as file:
+        arrays = dict(file)
+    arrays["parameters"] *= np.float32(1.001)
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    assert largest_difference(stock_steps.losses(tmp_path), expected) > RUNTIME_TOLERANCE
 
 
 @pytest.mark.parametrize("result", ["block", "gradient", "d_x", "statistics"])
 def test_a_wrong_result_is_found(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = [case for case in EXACT if title(case) == "BatchNorm1d: after Conv1d"]
+    case = by_title("BatchNorm1d: after Conv1d")
     right = Exported.training_step
 
     def wrong(*args: Any) -> Any:
@@ -54,18 +91,18 @@ def test_a_wrong_result_is_found(result: str, monkeypatch: pytest.MonkeyPatch) -
         return found | {result: found[result] * np.float32(1 + 3e-5)}
 
     monkeypatch.setattr(Exported, "training_step", wrong)
-    assert max(check(case).values()) > TOLERANCE
+    assert max(check(case, export(case)).values()) > TOLERANCE
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=title)
 def test_refused_by_name(case: Case) -> None:
     assert case.refusal is not None
     with pytest.raises(ModelError, match=case.refusal):
-        check(case)
+        export(case)
 
 
 def test_the_page_is_current() -> None:
-    rows = layer_law.table(PAGE.read_text())
+    rows = layer_page.table(PAGE.read_text())
     assert [row[:3] for row in rows] == [
         (case.kind, case.configuration, "exact" if case.refusal is None else "refused")
         for case in CASES
@@ -73,6 +110,7 @@ def test_the_page_is_current() -> None:
     for case, row in zip(CASES, rows, strict=True):
         if case.refusal is None:
             assert float(row.note) <= TOLERANCE, title(case)
+            assert float(row.apart) <= RUNTIME_TOLERANCE, title(case)
         else:
             assert re.search(case.refusal, row.note), title(case)
 
