@@ -131,6 +131,7 @@ class Federation:
             if enrolled is None or not set(ready.modalities) <= set(enrolled):
                 raise ModelError(f"it enrolled with {enrolled}")
             self.roster.ready[device] = self.shared.held_with(ready.modalities, ready.tasks)
+            self.roster.codecs[device] = ready.codecs
         except ModelError as error:
             log.warning("device %s with %s cannot take part: %s", device, ready, error)
             return
@@ -305,7 +306,7 @@ class Federation:
 
     def _step(self, names: Collection[str]) -> None:
         """Blocks with enough updates get their next version; others drop what they have."""
-        assert self.round is not None
+        assert self.round is not None and self._sender is not None
         stepping = self.round
         results = stepping.results(names)
         versions = {name: new for name, r in results.items() if (new := self._next(name, r))}
@@ -319,7 +320,7 @@ class Federation:
         self._state.step(stepping.round_num, list(versions.values()), outcomes, closing)
         for name, result in results.items():
             if new := versions.get(name):
-                self._publish(name, self.shared.install(new))
+                self._sender.publish_version(name, self.shared.install(new))
             count = self._tally.counted if name in versions else self._tally.dropped
             count[name] += len(result.update_ids)
             stepping.step(name, self.shared.versions[name], self._aggregator)
@@ -376,11 +377,8 @@ class Federation:
     def _task(self, device: str) -> wire.Task:
         assert self.round is not None
         assignment, held = self.round.cohort[device], self.roster.ready[device]
-        return make_task(assignment, held, self.shared, self.config, self.round_num)
-
-    def _publish(self, block: str, pointer: wire.BlockVersion) -> None:
-        assert self._sender is not None
-        self._sender.publish_version(block, pointer)
+        codec = self.roster.codec(device, self.config)
+        return make_task(assignment, held, self.shared, self.config, self.round_num, codec)
 
     def _send(self, device: str, message: wire.Task | wire.Finish) -> None:
         assert self._sender is not None
