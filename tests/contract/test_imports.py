@@ -31,6 +31,7 @@ def test_petalfl_loads_nothing_that_a_device_lacks() -> None:
         cwd=root, capture_output=True, text=True, check=True,
     )  # fmt: skip
     loaded = json.loads(result.stdout)
-    files = {path.stem for path in (root / "sdk" / "petalfl").glob("*.py")} - {"__init__"}
-    assert loaded.keys() == {"petalfl", *(f"petalfl.{name}" for name in files)}
+    sources = root / "sdk"
+    files = [path.relative_to(sources).with_suffix("") for path in sources.glob("petalfl/**/*.py")]
+    assert loaded.keys() == {".".join(file.parts).removesuffix(".__init__") for file in files}
     assert loaded == {name: [] for name in loaded}
