@@ -7,6 +7,7 @@ Installed over each other, they leave a mixture of files.
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,6 +25,9 @@ STOCK_PACKAGES = (
     "onnxruntime-openvino",
     "onnxruntime-qnn",
 )
+
+
+OLDEST = (1, 19)  # before, a session's second run computes wrong gradients: docs/runtimes.md
 
 
 class Runtime(NamedTuple):
@@ -50,12 +54,21 @@ def find_runtime(wanted: EngineName = "auto") -> Runtime:
         wanted: ``auto`` takes what is installed; another name insists on that line of packages.
 
     Raises:
-        ModelError: None is installed, another one than wanted, or two over each other.
+        ModelError: None is installed, one too old to be right, another one than wanted, or two
+            over each other.
         ValueError: ``wanted`` is no engine.
     """
     if wanted not in ENGINES:
         raise ValueError(f"engine {wanted!r}: expected one of {', '.join(ENGINES)}")
     runtime = _installed()
+    if (found := re.match(r"(\d+)\.(\d+)", runtime.version)) and (
+        (int(found[1]), int(found[2])) < OLDEST
+    ):
+        oldest = ".".join(map(str, OLDEST))
+        raise ModelError(
+            f"{runtime} computes wrong gradients, as all versions before {oldest} do; install a "
+            "newer one with: pip install --upgrade petalfl[ort]"
+        )
     if wanted in ("auto", runtime.engine):
         return runtime
     package = TRAINING_PACKAGES[0] if wanted == "ort-training" else STOCK_PACKAGES[0]

@@ -87,6 +87,22 @@ def test_a_frozen_app_has_no_metadata(
     assert find_runtime().engine == engine
 
 
+@pytest.mark.parametrize(
+    ("version", "is_right"),
+    [("1.9.0", False), ("1.18.1", False), ("1.19.0", True), ("1.31.1+cpu", True), ("2.0", True)],
+)
+def test_versions_that_compute_wrong_gradients(
+    version: str, is_right: bool, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(onnxruntime=version)
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    if is_right:
+        assert find_runtime().version == version
+    else:
+        with pytest.raises(ModelError, match=f"^onnxruntime {version} computes wrong gradients"):
+            find_runtime()
+
+
 def test_none_is_installed(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
