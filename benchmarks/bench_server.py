@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks.light_clients import LightClient, open_fleet, random_payload
 from petalfl.model import Modality
+from server.memory import keep_freed_memory
 from tests.mosquitto import missing_mosquitto, mosquitto
 from tests.server.builders import write_artifacts
 
@@ -77,6 +78,7 @@ class Row:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command."""
     options = _parser().parse_args(arguments)
+    keep_freed_memory()  # as the server does
     rows: list[Row] = []
     for num_clients in options.clients:
         for repeat in range(options.repeats):

@@ -12,6 +12,7 @@ from petalfl.errors import PetalError
 
 from .config_report import as_json, as_text
 from .maintenance import add_commands
+from .memory import keep_freed_memory
 from .options import add_flags
 from .service import load_models, serve
 from .settings import resolve
@@ -34,6 +35,7 @@ def _serve(options: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    keep_freed_memory()
     models = load_models(effective)
     asyncio.run(serve(effective, models, lambda: resolve(vars(options), os.environ)))
     return 0

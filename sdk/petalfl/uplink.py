@@ -48,20 +48,24 @@ class Uplink:
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
         missing = set(range(len(chunks))) if len(chunks) == 1 else set()
+        is_known = False  # to the server, as a receipt with a bitmap shows
         delay_s = delays(*BACKOFF_S)
         while True:
             try:
-                receipt = await self._attempt(message, [chunks[i] for i in sorted(missing)])
+                wanted = [chunks[i] for i in sorted(missing)]
+                receipt = await self._attempt(message, wanted, is_known)
             except (TransportError, asyncio.TimeoutError) as error:
                 log.warning("no receipt yet (%s): asking again", error or "timeout")
-                missing = set()  # ask first what has arrived
+                missing, is_known = set(), False  # ask first what has arrived
                 late = await self._listen(message.update_id, next(delay_s))
                 if late is None:
                     continue
                 receipt = late
             if receipt.status != "missing":
                 return receipt
-            missing = wire.read_bitmap(receipt.missing, len(chunks)) or set(range(len(chunks)))
+            missing = wire.read_bitmap(receipt.missing, len(chunks))
+            is_known = bool(missing)
+            missing = missing or set(range(len(chunks)))
 
     async def _listen(self, update_id: bytes, timeout_s: float) -> wire.Receipt | None:
         """A receipt that comes late, while nothing is sent."""
@@ -75,11 +79,14 @@ class Uplink:
             del self._waiting[update_id]
 
     async def _attempt(
-        self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
+        self,
+        message: wire.UpdateManifest | wire.Report,
+        chunks: list[wire.Chunk],
+        is_known: bool,
     ) -> wire.Receipt:
         future = asyncio.get_running_loop().create_future()
         self._waiting[message.update_id] = future
-        sending = asyncio.create_task(self._send(message, chunks))
+        sending = asyncio.create_task(self._send(message, chunks, is_known))
         try:
             await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
             if not future.done() or future.result().status == "missing":
@@ -91,14 +98,18 @@ class Uplink:
             await asyncio.gather(sending, return_exceptions=True)
 
     async def _send(
-        self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
+        self,
+        message: wire.UpdateManifest | wire.Report,
+        chunks: list[wire.Chunk],
+        is_known: bool,
     ) -> None:
         if isinstance(message, wire.Report):
             topic = topics.request(self._federation, self._device)
             await self._transport.publish(topic, wire.encode(message))
             return
         topic = topics.block_up(self._federation, message.block, self._device)
-        await self._transport.publish(topic, wire.encode(message))
+        if not is_known:
+            await self._transport.publish(topic, wire.encode(message))
         window = asyncio.Semaphore(WINDOW)
 
         async def send_chunk(chunk: wire.Chunk) -> None:

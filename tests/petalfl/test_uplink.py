@@ -127,7 +127,7 @@ ALL = list(range(NUM_CHUNKS))
 async def test_happy_path(rig: Rig) -> None:
     server, receipt = await rig.deliver(UPDATE, ACCEPTED)
     assert receipt == ACCEPTED
-    assert server.attempts == [[UpdateManifest, *ALL, Fin]]
+    assert server.attempts == [[*ALL, Fin]]
     assert server.got[0][1] == MANIFEST
     assert server.got[-1][1] == Fin(ID)
     assert {topic for topic, _ in server.got} == {UP}
@@ -162,9 +162,9 @@ async def test_only_the_missing_chunks_are_sent_again(rig: Rig) -> None:
     server, receipt = await rig.deliver(UPDATE, missing(0, 9, 19), missing(9), ACCEPTED)
     assert receipt.status == "accepted"
     assert server.attempts == [
-        [UpdateManifest, *ALL, Fin],
-        [UpdateManifest, 0, 9, 19, Fin],
-        [UpdateManifest, 9, Fin],
+        [*ALL, Fin],
+        [0, 9, 19, Fin],
+        [9, Fin],
     ]
     assert server.payload == PAYLOAD
 
@@ -173,7 +173,7 @@ async def test_a_lost_receipt_is_asked_for_without_chunks(rig: Rig) -> None:
     server, receipt = await rig.deliver(UPDATE, None, None, ACCEPTED)
     assert receipt.status == "accepted"
     assert server.attempts == [
-        [UpdateManifest, *ALL, Fin],
+        [*ALL, Fin],
         [UpdateManifest, Fin],
         [UpdateManifest, Fin],
     ]
@@ -181,18 +181,18 @@ async def test_a_lost_receipt_is_asked_for_without_chunks(rig: Rig) -> None:
 
 async def test_after_a_lost_receipt_the_server_says_what_it_lacks(rig: Rig) -> None:
     server, _ = await rig.deliver(UPDATE, None, missing(4), ACCEPTED)
-    assert server.attempts[1:] == [[UpdateManifest, Fin], [UpdateManifest, 4, Fin]]
+    assert server.attempts[1:] == [[UpdateManifest, Fin], [4, Fin]]
 
 
 async def test_an_empty_bitmap_asks_for_everything(rig: Rig) -> None:
     server, _ = await rig.deliver(UPDATE, Receipt(ID, "missing"), ACCEPTED)
-    assert server.attempts == [[UpdateManifest, *ALL, Fin]] * 2
+    assert server.attempts == [[*ALL, Fin], [UpdateManifest, *ALL, Fin]]
 
 
 async def test_bits_beyond_the_last_chunk_are_ignored(rig: Rig) -> None:
     bitmap = wire.missing_bitmap({3, NUM_CHUNKS, NUM_CHUNKS + 40}, NUM_CHUNKS + 41)
     server, _ = await rig.deliver(UPDATE, Receipt(ID, "missing", missing=bitmap), ACCEPTED)
-    assert server.attempts[1] == [UpdateManifest, 3, Fin]
+    assert server.attempts[1] == [3, Fin]
 
 
 async def test_rejected_is_the_end(rig: Rig) -> None:
@@ -214,7 +214,7 @@ async def test_receipts_of_others_change_nothing(rig: Rig) -> None:
     rig.uplink.receive(ACCEPTED)  # before anything was sent
     server, receipt = await rig.deliver(UPDATE, other, missing(1), ACCEPTED)
     assert receipt == ACCEPTED
-    assert server.attempts[1:] == [[UpdateManifest, Fin], [UpdateManifest, 1, Fin]]
+    assert server.attempts[1:] == [[UpdateManifest, Fin], [1, Fin]]
 
 
 async def test_a_receipt_that_comes_twice(rig: Rig) -> None:
@@ -268,9 +268,9 @@ async def test_never_more_than_a_window_of_chunks_under_way(rig: Rig) -> None:
     assert server.payload == PAYLOAD
 
 
-@pytest.mark.parametrize("failure", [1, 2, 3, 4, 14, 24])
+@pytest.mark.parametrize("failure", [1, 2, 3, 13, 23])
 async def test_a_publish_that_fails_is_tried_again(rig: Rig, failure: int) -> None:
-    """Of the question, the manifest, the first chunk, a later one, or the fin."""
+    """Of the question, its fin, the first chunk, a later one, or the fin."""
     flaky = Flaky(rig.device, failure)
     rig.uplink = Uplink(flaky, "f", "dev-1")
     server = Server(rig.broker.connect())
@@ -345,4 +345,4 @@ async def test_a_receipt_that_comes_during_a_pause_is_heard(
     assert not delivery.done()
     rig.uplink.receive(missing(2))
     assert await asyncio.wait_for(delivery, 5) == ACCEPTED
-    assert server.attempts[1:] == [[UpdateManifest, 2, Fin]]
+    assert server.attempts[1:] == [[2, Fin]]
