@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from petalfl.codecs import parse_codec
 from petalfl.model import ModelManifest
 from petalfl.schema import read
 from petalfl.training import Hyperparameters
@@ -40,6 +41,7 @@ class Config:
         max_staleness: In mode async: an update's base may be so many versions old.
         keep_versions: Of each block, the newest that stay on disk.
         max_upload_bytes: A device sends the blocks that this has room for; 0: all of them.
+        codec: What devices encode their updates with, as `parse_codec` reads it.
         aggregator: As `parse_aggregator` reads it; the other rules likewise.
         max_update_norm: A longer update of a block is scaled down to it; 0: never.
     """
@@ -63,6 +65,7 @@ class Config:
     max_staleness: int = 20
     keep_versions: int = 20
     max_upload_bytes: int = 0
+    codec: str = "f32"
     aggregator: str = "weighted-mean"
     server_optimizer: str = "sgd"
     weighting: str = "examples"
@@ -110,8 +113,8 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
 
 _AS_THEY_ARE = (
     "mode", "selection", "cohort_size", "over_selection", "quorum", "buffer_size",
-    "max_staleness", "keep_versions", "max_upload_bytes", "aggregator", "weighting",
-    "max_update_norm",
+    "max_staleness", "keep_versions", "max_upload_bytes", "codec", "aggregator",
+    "weighting", "max_update_norm",
 )  # fmt: skip
 
 
@@ -132,7 +135,8 @@ def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
             f"{_label('selection', settings)}: there is none in mode async, where every ready "
             "device has a task"
         )
-    smallest = min((4 * block.size for block in shared), default=0)
+    num_bytes = parse_codec(config.codec).max_bytes
+    smallest = min((num_bytes(block.size) for block in shared), default=0)
     if 0 < config.max_upload_bytes < smallest:
         raise ConfigError(
             f"{_label('max_upload_bytes', settings)}: found {config.max_upload_bytes}, the "

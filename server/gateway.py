@@ -77,9 +77,9 @@ class Gateway:
         self.refused: Counter[str] = Counter()  # by reason
         self._transport = transport
         self._federation = federation
-        self._num_bytes = {b.name: 4 * b.size for b in manifest.blocks if not b.is_frozen}
+        self._sizes = {b.name: b.size for b in manifest.blocks if not b.is_frozen}
         self._judge = judge
-        longest = max(self._num_bytes.values(), default=0)
+        longest = 4 * max(self._sizes.values(), default=0)
         self.transfers = Transfers(max(max_transfer_bytes, 4 * longest), now_s)
         self._conduct = Conduct(TOLERATED_BYTES + 4 * longest, now_s)
         self._cut_off = cut_off
@@ -180,13 +180,10 @@ class Gateway:
             raise WireError(f"a {type(message).__name__} does not belong on this topic")
 
     def _begin(self, device: str, block: str, manifest: wire.UpdateManifest) -> None:
-        expected = self._num_bytes.get(block)
-        if expected is None or manifest.block != block:
+        size = self._sizes.get(block)
+        if size is None or manifest.block != block:
             raise WireError(f"block {manifest.block!r} announced on the topic of {block!r}")
-        if manifest.num_bytes != expected:
-            raise WireError(
-                f"block {block}: {manifest.num_bytes} bytes announced, expected {expected}"
-            )
+        wire.check_announced(manifest, size)
         self.transfers.announce(device, manifest)
         self._ask_waiting()
 
@@ -217,7 +214,7 @@ class Gateway:
             self._end(device, update_id)
             return wire.Receipt(update_id, "rejected", malformed)
         self._end(device, update_id)
-        size = transfer.manifest.num_bytes // 4
+        size = self._sizes[transfer.manifest.block]
         try:
             update = wire.decode_payload(transfer.manifest, transfer.payload, device, size)
         except WireError as error:

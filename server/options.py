@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petalfl.codecs import CODECS, parse_codec
 from petalfl.errors import PetalError
 from petalfl.model import OPTIMIZERS
 
@@ -245,6 +246,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-upload-bytes", _at_least(0), 0,
            "a device sends the blocks that this has room for, by impact, size and age; 0: all",
            ROUNDS, "N", is_reloadable=True),
+    Option("codec", _rule(parse_codec), "f32",
+           f"of updates on their way up: {', '.join(CODECS)}, where SHARE of the values is sent "
+           "now, the rest later. A device that does not know it uses the next longer one",
+           ROUNDS, "NAME", is_reloadable=True),
     Option("aggregator", _rule(parse_aggregator), "weighted-mean",
            "weighted-mean, median, trimmed-mean:SHARE, krum:ATTACKERS, canonical and more: "
            "docs/strategies.md", RULES, "RULE", is_reloadable=True),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from petalfl.codecs import parse_codec
 from petalfl.wire import BlockUpdate, Report
 
 from .config import Config
+from .negotiation import choose_codec
 from .norms import norm_of
 from .selection import Candidate, parse_selection
 from .uploads import Upload, choose_uploads
@@ -27,10 +29,12 @@ class Roster:
 
     Attributes:
         ready: By device that can take a task, the shared blocks that it holds.
+        codecs: By device, the kinds of codecs that it knows.
     """
 
     def __init__(self, sizes: Mapping[str, int], known: Mapping[str, Candidate]) -> None:
         self.ready: dict[str, Blocks] = {}
+        self.codecs: dict[str, Collection[str]] = {}
         self._sizes = sizes
         self._known = dict(known)
         self._asked_at_s: dict[str, float] = {}
@@ -63,12 +67,17 @@ class Roster:
             return held
         sent = self._sent.get(device, {})
         most = max((norm for _, norm in sent.values()), default=1.0)
+        num_bytes = parse_codec(self.codec(device, config)).max_bytes
         last = {block: sent.get(block, (0, most)) for block in held}
         uploads = {
-            block: Upload(4 * self._sizes[block], last[block][1], round_num - last[block][0])
-            for block in held
+            block: Upload(num_bytes(self._sizes[block]), norm, round_num - last_round)
+            for block, (last_round, norm) in last.items()
         }
         return frozenset(choose_uploads(uploads, config.max_upload_bytes))
+
+    def codec(self, device: str, config: Config) -> str:
+        """What the device is to encode its updates with."""
+        return choose_codec(config.codec, self.codecs.get(device, ()))
 
     def note_asked(self, device: str, round_num: int, now_s: float) -> None:
         """The device was sent a task in that round."""

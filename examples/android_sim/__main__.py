@@ -105,6 +105,7 @@ def _server(
         "--rounds", options.rounds, "--min-devices", options.devices, "--scheme", options.scheme,
         "--seed", options.seed, "--learning-rate", options.learning_rate,
         "--server-momentum", options.server_momentum, "--broker", options.broker,
+        "--codec", options.codec,
     ]  # fmt: skip
     with running_server(artifacts, folder.path / "server", [str(a) for a in arguments]) as address:
         yield address
@@ -184,6 +185,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         seed=options.seed,
         learning_rate=options.learning_rate,
         server_momentum=options.server_momentum,
+        codec=options.codec,
         server=options.server,
     )
 
@@ -252,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group("--learning-rate", type=float, default=0.05, metavar="LR", help="falls as a cosine")
     group("--server-momentum", type=float, default=0.5, metavar="BETA", help="FedAvgM, per block")
+    group("--codec", default="f32", metavar="NAME", help="of updates; see python -m server --help")
     group = parser.add_argument_group("a server that runs already").add_argument
     group("--server", default="", metavar="URL", help="takes part there; its own settings hold")
     group("--token", default="", metavar="T", help="the join token that it printed")  # fmt: skip

@@ -25,6 +25,7 @@ class Settings:
     seed: int
     learning_rate: float
     server_momentum: float
+    codec: str
     server: str
 
 

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from petalfl import topics, wire
 from petalfl.backoff import delays
+from petalfl.codecs import KINDS
 from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
 from petalfl.engine import Arrays
@@ -30,9 +31,10 @@ from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.runtime import EngineName, find_runtime
-from petalfl.store import DeviceStore, Outgoing, Shared, State
+from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
 from petalfl.training import TrainingResult, train
 from petalfl.transport import Transport
+from petalfl.updates import make_update
 from petalfl.uplink import Uplink
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
@@ -279,7 +281,7 @@ class EdgeClient:
     async def _announce(self, transport: Transport, tasks: tuple[str, ...]) -> None:
         """Says that the device is here and can take a task, at the start and after a break."""
         online = wire.encode(wire.Status(is_online=True))
-        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {})), tasks))
+        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {})), tasks, KINDS))
         topic = topics.status(self._federation, self.device)
         await transport.publish(topic, online, retain=True)
         await transport.publish(topics.request(self._federation, self.device), ready, retain=True)
@@ -368,11 +370,13 @@ class EdgeClient:
             shared=task.blocks, on_batch=self._on_batch,
         )  # fmt: skip
         uploads = task.blocks if task.uploads is None else task.uploads
-        outbox = [
-            self._make_update(block, task, result, before[block.name])
-            for block in held
-            if block.name in uploads
-        ]
+        outbox, residuals = [], dict(self._state.residuals)
+        for block in held:
+            if block.name in uploads:
+                update, left = self._make_update(block, task, result, before[block.name], rng)
+                outbox.append(update)
+                residuals.pop(block.name, None)
+                residuals |= {} if left is None else {block.name: left}
         report = wire.Report(
             secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
         )
@@ -382,28 +386,25 @@ class EdgeClient:
             for block in held
             if not (block.is_frozen or self._is_shared(block))
         }
-        self._state = State(task.round_num, self._state.private | private, tuple(outbox))
+        private = self._state.private | private
+        self._state = State(task.round_num, private, tuple(outbox), residuals)
         self._store.write_state(self._state)
         self._replace_parameters(result.parameters)
 
     def _make_update(
-        self, block: Block, task: wire.Task, result: TrainingResult, before: Vector
-    ) -> Outgoing:
+        self,
+        block: Block,
+        task: wire.Task,
+        result: TrainingResult,
+        before: Vector,
+        rng: np.random.Generator,
+    ) -> tuple[Outgoing, Residual | None]:
         """The one place where a block becomes something to send; refuses all but shared ones."""
         if not self._is_shared(block):
             raise ValueError(f"block {block.name} is not shared: it cannot become an update")
-        payload = to_bytes(result.parameters[block.name] - before)
-        manifest = wire.UpdateManifest(
-            update_id=secrets.token_bytes(16),
-            block=block.name,
-            round_num=task.round_num,
-            base_version=task.blocks[block.name].version,
-            num_examples=result.num_examples,
-            codec="f32",
-            num_bytes=len(payload),
-            sha256=hashlib.sha256(payload).hexdigest(),
-        )
-        return Outgoing(wire.encode(manifest), payload)
+        delta = result.parameters[block.name] - before
+        kept = self._state.residuals.get(block.name)
+        return make_update(block, task, result.num_examples, delta, kept, rng)
 
     async def _deliver_outbox(self, uplink: Uplink) -> None:
         for outgoing in self._state.outbox:

@@ -1,9 +1,10 @@
 """The device store: what a device must not lose, in one folder of the app's.
 
-``identity.json`` says who the device is, ``state.msgpack`` holds its private blocks and the
-outbox of what has no receipt yet, ``shared.msgpack`` the newest shared blocks, ``artifacts/``
-the model's files. State and outbox are one file, so that after a crash a round has either been
-trained and its updates wait in the outbox, or it has not been trained at all.
+``identity.json`` says who the device is, ``state.msgpack`` holds its private blocks, the
+outbox of what has no receipt yet and the residuals of lossy codecs, ``shared.msgpack`` the newest
+shared blocks, ``artifacts/`` the model's files. State and outbox are one file, so that after a
+crash a round has either been trained and its updates wait in the outbox, or it has not been
+trained at all.
 """
 
 from __future__ import annotations
@@ -47,12 +48,25 @@ class Outgoing:
 
 
 @dataclass(frozen=True, slots=True)
+class Residual:
+    """What a codec left out of a shared block's update; ``base_version`` is that update's."""
+
+    base_version: Annotated[int, Limit(1, 1 << 40)]
+    vector: _VectorBytes
+
+
+@dataclass(frozen=True, slots=True)
 class State:
-    """The last round trained, what it left private, and what still waits for its receipt."""
+    """The last round trained, what it left private, and what still waits for its receipt.
+
+    Attributes:
+        residuals: By shared block, what goes into its next update.
+    """
 
     round_num: Annotated[int, Limit(0, 1 << 40)] = 0
     private: Annotated[dict[Name, _VectorBytes], Limit(0, 128)] = field(default_factory=dict)
     outbox: Annotated[tuple[Outgoing, ...], Limit(0, 256)] = ()
+    residuals: Annotated[dict[Name, Residual], Limit(0, 128)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgpack
 import numpy as np
 
+from petalfl import codecs
 from petalfl.errors import WireError
 from petalfl.model import MAX_BLOCK_SIZE
-from petalfl.schema import Limit, Name, Sha256, plain, read
+from petalfl.schema import Limit, Name, Pattern, Sha256, plain, read
 from petalfl.training import Hyperparameters
-from petalfl.vectors import Vector, from_bytes
+from petalfl.vectors import Vector
 
 WIRE_VERSION = 2
 CHUNK_BYTES = 120 * 1024
@@ -30,6 +31,7 @@ MAX_TASK_BLOCKS = 128
 Count = Annotated[int, Limit(0, 1 << 40)]
 Positive = Annotated[int, Limit(1, 1 << 40)]
 UpdateId = Annotated[bytes, Limit(16, 16)]
+CodecName = Annotated[str, Pattern(codecs.CODEC_REGEX)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,12 @@ class Ready:
 
     Attributes:
         tasks: The model's tasks that it has labels of, and so trains the heads of.
+        codecs: The kinds that it can encode with.
     """
 
     modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
     tasks: Annotated[tuple[Name, ...], Limit(1, 128)]
+    codecs: Annotated[tuple[Name, ...], Limit(1, 32)] = ("f32",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class UpdateManifest:
     round_num: Positive
     base_version: Positive
     num_examples: Positive
-    codec: Literal["f32"]
+    codec: CodecName
     num_bytes: Annotated[int, Limit(1, 4 * MAX_BLOCK_SIZE)]
     sha256: Sha256
 
@@ -125,6 +129,7 @@ class Task:
         blocks: The shared blocks of this device, with their base versions.
         seed: Orders the examples and draws the dropout masks.
         uploads: Those of ``blocks`` whose delta is to be sent; None: of all of them.
+        codec: What to encode them with, where it can; None: f32, which always may be used.
     """
 
     round_num: Positive
@@ -133,6 +138,7 @@ class Task:
     seed: Count
     blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
     uploads: Annotated[tuple[Name, ...], Limit(0, MAX_TASK_BLOCKS)] | None = None
+    codec: CodecName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +240,18 @@ class BlockUpdate:
     delta: Vector
 
 
+def check_announced(manifest: UpdateManifest, size: int) -> None:
+    """Refuses an update that announces more or less than a block of that size takes.
+
+    Raises:
+        WireError: It does.
+    """
+    try:
+        codecs.check_num_bytes(codecs.parse_codec(manifest.codec), manifest.num_bytes, size)
+    except WireError as error:
+        raise WireError(f"block {manifest.block}: announced are {error}") from error
+
+
 def decode_payload(
     manifest: UpdateManifest, payload: bytes | memoryview, device: str, size: int
 ) -> BlockUpdate:
@@ -243,13 +261,13 @@ def decode_payload(
         size: Of the block's vector.
 
     Raises:
-        WireError: Wrong length or digest, or a value that is not finite.
+        WireError: Wrong length or digest, or nothing that its codec can have written.
     """
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise WireError(f"block {manifest.block}: the payload's sha256 is not the manifest's")
     try:
-        delta = from_bytes(payload, size)
-    except ValueError as error:
+        delta = codecs.parse_codec(manifest.codec).decode(payload, size)
+    except WireError as error:
         raise WireError(f"block {manifest.block}: {error}") from error
     return BlockUpdate(
         manifest.update_id,

@@ -8,7 +8,7 @@ import pytest
 from examples.android_sim.history import RunFolder, Settings
 from petalfl import PetalError
 
-SETTINGS = Settings(4, "incomplete", "phf", 3, 0, 0.05, 0.5, "")
+SETTINGS = Settings(4, "incomplete", "phf", 3, 0, 0.05, 0.5, "f32", "")
 
 
 def test_history_is_by_round_and_device(tmp_path: Path) -> None:

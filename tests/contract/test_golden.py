@@ -40,9 +40,9 @@ SHA_HEX = "a6 736861323536  d940" + "6162" * 32
 GOLDEN: dict[str, tuple[Message, str]] = {
     "status": (Status(True), "83 a176 02  a174 a6 737461747573  a9 69735f6f6e6c696e65 c3"),
     "ready": (
-        Ready(("acc", "gyro"), ("head",)),
-        "84 a176 02  a174 a5 7265616479  aa 6d6f64616c6974696573 92 a3 616363 a4 6779726f"
-        "a5 7461736b73 91 a4 68656164",
+        Ready(("acc", "gyro"), ("head",), ("f32", "topk-int8")),
+        "85 a176 02  a174 a5 7265616479  aa 6d6f64616c6974696573 92 a3 616363 a4 6779726f"
+        "a5 7461736b73 91 a4 68656164  a6 636f64656373 92 a3 663332 a9 746f706b2d696e7438",
     ),
     "update": (
         UpdateManifest(ID, "head", 3, 2, 70, "f32", 400, SHA),
@@ -81,9 +81,9 @@ GOLDEN: dict[str, tuple[Message, str]] = {
         "  ac 616363756d756c6174696f6e 01  ab 70726f78696d616c5f6d75 cb0000000000000000"
         "a4 73656564 07  a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 02 " + SHA_HEX,
     ),
-    "task with uploads": (
-        Task(1, 0, Hyperparameters(0.5), 0, {"head": BlockVersion(1, SHA)}, ("head",)),
-        "88 a176 02  a174 a4 7461736b  a9 726f756e645f6e756d 01  aa 6e756d5f726f756e6473 00"
+    "task with uploads and codec": (
+        Task(1, 0, Hyperparameters(0.5), 0, {"head": BlockVersion(1, SHA)}, ("head",), "int8"),
+        "89 a176 02  a174 a4 7461736b  a9 726f756e645f6e756d 01  aa 6e756d5f726f756e6473 00"
         "af 6879706572706172616d6574657273 8d"
         "  ad 6c6561726e696e675f72617465 cb3fe0000000000000  a8 6d6f6d656e74756d cb3feccccccccccccd"
         "  ac 7765696768745f6465636179 cb3ee4f8b588e368f1  aa 62617463685f73697a65 10"
@@ -93,7 +93,7 @@ GOLDEN: dict[str, tuple[Message, str]] = {
         "  ac 616363756d756c6174696f6e 01  ab 70726f78696d616c5f6d75 cb0000000000000000"
         "a4 73656564 00  a6 626c6f636b73 81 a4 68656164 82 a7 76657273696f6e 01 "
         + SHA_HEX
-        + "a7 75706c6f616473 91 a4 68656164",
+        + "a7 75706c6f616473 91 a4 68656164  a5 636f646563 a4 696e7438",
     ),
     "finish": (
         Finish({"fusion": BlockVersion(9, SHA)}),
@@ -108,6 +108,12 @@ def test_the_bytes_of_every_message(name: str) -> None:
     message, written = GOLDEN[name]
     assert encode(message) == bytes.fromhex(written)
     assert decode(bytes.fromhex(written)) == message
+
+
+def test_a_device_that_says_no_codecs_knows_f32() -> None:
+    old = "84 a176 02  a174 a5 7265616479  aa 6d6f64616c6974696573 91 a3 616363"
+    old += "a5 7461736b73 91 a4 68656164"
+    assert decode(bytes.fromhex(old)) == Ready(("acc",), ("head",), ("f32",))
 
 
 def test_every_message_type_is_pinned() -> None:
@@ -212,6 +218,16 @@ ATTACKS: dict[str, bytes] = {
     "no payload": update(num_bytes=0),
     "payload beyond the largest block": update(num_bytes=(1 << 30) + 1),
     "unknown codec": update(codec="pickle"),
+    "codec and a newline": update(codec="f32\n"),
+    "codec that keeps all": update(codec="topk:1.0"),
+    "codec that keeps nothing": update(codec="topk:0.000"),
+    "codec that keeps too much": update(codec="topk-int8:0.6"),
+    "codec of many digits": update(codec="topk:0.0" + "1" * 1000),
+    "codecs none": pack(t="ready", modalities=["acc"], tasks=["head"], codecs=[]),
+    "33 codecs": pack(t="ready", modalities=["acc"], tasks=["head"], codecs=["f32"] * 33),
+    "codecs as text": pack(t="ready", modalities=["acc"], tasks=["head"], codecs="f32"),
+    "a task's unknown codec": pack(t="task", round_num=1, num_rounds=0, seed=0, blocks={},
+                                   hyperparameters={"learning_rate": 0.1}, codec="zip"),
     "sha in upper case": update(sha256=SHA.upper()),
     "sha too short": update(sha256=SHA[:-1]),
     "sha and a newline": update(sha256=SHA + "\n"),

@@ -234,12 +234,12 @@ def federation(
     deltas: dict[bytes, Vector] = {}
     make_update = EdgeClient._make_update
 
-    def spy(self: EdgeClient, *arguments: Any) -> Outgoing:
-        outgoing = make_update(self, *arguments)
+    def spy(self: EdgeClient, *arguments: Any) -> tuple[Outgoing, Any]:
+        outgoing, residual = make_update(self, *arguments)
         message = decode(outgoing.message)
         assert isinstance(message, UpdateManifest)
         deltas[message.update_id] = from_bytes(outgoing.payload, message.num_bytes // 4)
-        return outgoing
+        return outgoing, residual
 
     *others, member = three_devices()
     assert member.name == NODE_DEVICE

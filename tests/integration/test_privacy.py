@@ -28,6 +28,7 @@ from petalfl.vectors import Vector, to_bytes
 from tests.integration.harness import SCHEME, Server, running_server, take_part, three_devices
 
 PRIVATE = ("fusion", "head")
+RNG = np.random.default_rng(0)
 SLICE = 64  # bytes: 16 parameters
 
 
@@ -325,7 +326,7 @@ def test_no_update_can_be_made_of_a_private_block(
     with pytest.raises(
         ValueError, match=f"block {block} is not shared: it cannot become an update"
     ):
-        acc_only._make_update(run.manifest.block(block), task, result, vector)
+        acc_only._make_update(run.manifest.block(block), task, result, vector, RNG)
 
 
 def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -
     task = wire.Task(3, 0, hyperparameters(), 0, {"encoder-acc": wire.BlockVersion(1, "0" * 64)})
     client = EdgeClient(run.server.url, store=tmp_path)
     with client, pytest.raises(ValueError, match="is not shared"):
-        client._make_update(run.manifest.block("encoder-acc"), task, result, vector)
+        client._make_update(run.manifest.block("encoder-acc"), task, result, vector, RNG)
 
 
 def meet_server(client: EdgeClient, monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> None:

@@ -72,13 +72,13 @@ def federation(
     deltas: dict[bytes, Vector] = {}
     make_update = EdgeClient._make_update
 
-    def spy(self: EdgeClient, *arguments: Any) -> Outgoing:
-        outgoing = make_update(self, *arguments)
+    def spy(self: EdgeClient, *arguments: Any) -> tuple[Outgoing, Any]:
+        outgoing, residual = make_update(self, *arguments)
         message = decode(outgoing.message)
         assert isinstance(message, UpdateManifest)
         size = manifest.block(message.block).size
         deltas[message.update_id] = from_bytes(outgoing.payload, size)
-        return outgoing
+        return outgoing, residual
 
     members = three_devices()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:

@@ -193,7 +193,8 @@ def test_a_frozen_block_cannot_become_an_update(federation: Federation) -> None:
         with pytest.raises(WireError, match=f"asks for block {FROZEN}, which this device does not"):
             client._check_blocks(task)
         with pytest.raises(ValueError, match=f"block {FROZEN} is not shared"):
-            client._make_update(block, task, TrainingResult({FROZEN: vector}, 1, (0.0,)), vector)
+            result = TrainingResult({FROZEN: vector}, 1, (0.0,))
+            client._make_update(block, task, result, vector, np.random.default_rng(0))
 
 
 def test_a_private_head_of_several(several_artifacts: Path, tmp_path: Path) -> None:

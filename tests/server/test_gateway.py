@@ -292,7 +292,7 @@ async def test_a_payload_that_is_not_finite_is_rejected(gate: Gate, value: float
     bad = replace(HEAD, delta=np.array([0, 1, 2, 3, value, 5, 6, 7], np.float32))
     await gate.send("head", *messages_of(bad))
     gate.assert_untouched(payload=1)
-    reason = "block head: a value is NaN or infinite"
+    reason = "block head: f32: a value is NaN or infinite"
     assert gate.receipts == [wire.Receipt(HEAD.update_id, "rejected", reason)]
 
 

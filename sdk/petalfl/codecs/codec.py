@@ -16,10 +16,11 @@ class Codec(NamedTuple):
 
     Attributes:
         name: As in an update's manifest, parameters included.
-        max_bytes: The most bytes of a vector of a size; of most codecs all payloads are as long.
+        max_bytes: The most bytes of a vector of a size.
         encode: Vector and generator to payload. ValueError: a value is not finite or beyond the
             codec's range, when `f32` must do.
         decode: Payload and size to vector; `WireError` for whatever `encode` cannot have made.
+        has_fixed_length: Every payload is as long as ``max_bytes`` says.
         has_residual: What encoding leaves out is the sender's to keep and to add next time.
     """
 
@@ -27,6 +28,7 @@ class Codec(NamedTuple):
     max_bytes: Callable[[int], int]
     encode: Callable[[Vector, np.random.Generator], bytes]
     decode: Callable[[bytes | memoryview, int], Vector]
+    has_fixed_length: bool = True
     has_residual: bool = False
 
 
@@ -38,6 +40,20 @@ def check_length(name: str, data: bytes | memoryview, expected: int, size: int) 
     """
     if len(data) != expected:
         raise WireError(f"{name}: {len(data)} bytes, expected {expected} for {size} parameters")
+
+
+def check_num_bytes(codec: Codec, num_bytes: int, size: int) -> None:
+    """Refuses to wait for a payload that no vector of that size can have.
+
+    Raises:
+        WireError: It is too long, or too short where the length is fixed.
+    """
+    most = codec.max_bytes(size)
+    if num_bytes > most or (codec.has_fixed_length and num_bytes < most):
+        or_less = "" if codec.has_fixed_length else " at most"
+        raise WireError(
+            f"{num_bytes} bytes of {codec.name}, expected {most}{or_less} for {size} parameters"
+        )
 
 
 def check_finite(name: str, vector: Vector) -> Vector:

@@ -15,9 +15,9 @@ from .codec import Codec
 
 
 def encode_with_feedback(
-    codec: Codec, vector: Vector, residual: Vector, rng: np.random.Generator
-) -> tuple[bytes, Vector]:
-    """The payload of vector + residual, and the new residual.
+    codec: Codec, vector: Vector, residual: Vector | None, rng: np.random.Generator
+) -> tuple[bytes, Vector | None]:
+    """The payload of vector + residual, and the new residual; None: of a codec without one.
 
     Over any number of calls, what was decoded and the last residual add up to the vectors and
     the first residual.
@@ -25,6 +25,7 @@ def encode_with_feedback(
     Raises:
         ValueError: The codec cannot encode the sum.
     """
-    total = vector + residual
+    total = vector if residual is None else vector + residual
     payload = codec.encode(total, rng)
-    return payload, total - codec.decode(payload, total.size)
+    left = total - codec.decode(payload, total.size) if codec.has_residual else None
+    return payload, left

@@ -22,14 +22,14 @@ def topk(name: str, share: float, values: Codec) -> Codec:
 
     Args:
         name: Its own.
-        share: Of the values that is kept, in (0, 1).
+        share: Of the values that is kept, in (0, 0.5]: beyond, `f16` is shorter and keeps all.
         values: Encodes those that are kept.
 
     Raises:
-        ValueError: ``share`` is outside (0, 1).
+        ValueError: ``share`` is outside (0, 0.5].
     """
-    if not 0 < share < 1:
-        raise ValueError(f"{name}: a share of {share:g}, expected one in (0, 1)")
+    if not 0 < share <= 0.5:
+        raise ValueError(f"{name}: a share of {share:g}, expected one in (0, 0.5]")
 
     def num_kept(size: int) -> int:
         return max(1, int(share * size + 0.5))
@@ -50,7 +50,7 @@ def topk(name: str, share: float, values: Codec) -> Codec:
         vector[is_kept] = values.decode(content[-(-size // 8) :], num_kept(size))
         return vector
 
-    return Codec(name, num_bytes, encode, decode, has_residual=True)
+    return Codec(name, num_bytes, encode, decode, has_fixed_length=False, has_residual=True)
 
 
 def _largest(vector: Vector, count: int) -> NDArray[np.bool_]:

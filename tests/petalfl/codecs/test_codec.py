@@ -135,6 +135,7 @@ def test_a_vector_is_not_changed_and_need_not_be_contiguous(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name", ["", "F32", "f32 ", "f64", "int8:3", "topk", "topk:", "topk:1", "topk:1.0", "topk:0",
+             "topk:0.6", "topk:0.500001", "topk:0.000000",
              "topk:0.0", "topk:-0.1", "topk:.1", "topk:0.1234567", "topk:1e-3", "topk:nan",
              "topk-f16:0.1", "topk:0.1\n", "x" * 5000],
 )  # fmt: skip
@@ -146,6 +147,8 @@ def test_unknown_names(name: str) -> None:
 
 def test_names_are_their_own() -> None:
     assert [parse_codec(name).name for name in NAMES] == list(NAMES)
+    for name in ("topk:0.5", "topk:0.50", "topk:0.000001", "topk-int8:0.49"):
+        assert parse_codec(name).name == name
     assert tuple(name.replace("0.1", "SHARE") for name in NAMES) == CODECS
 
 

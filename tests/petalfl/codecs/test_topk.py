@@ -44,7 +44,7 @@ def test_topk_int8_is_the_int8_of_topk(vector: Vector) -> None:
     assert (np.abs(found - exact) <= np.abs(vector).max() / 126 + 2.0**-100).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
+@pytest.mark.parametrize("share", [0.0, 0.51, 1.0, -0.1])
 def test_a_share_is_in_between(share: float) -> None:
     from petalfl.codecs.topk import topk
 
@@ -127,17 +127,18 @@ def test_a_bomb_takes_no_memory() -> None:
 # Error feedback
 
 
-@pytest.mark.parametrize("name", ["topk:0.05", "topk-int8:0.05", "f16"])
+@pytest.mark.parametrize("name", ["topk:0.05", "topk-int8:0.05"])
 def test_nothing_is_lost(name: str) -> None:
     """What arrived and the last residual are what went in."""
     codec, size = parse_codec(name), 3000
-    residual = np.zeros(size, np.float32)
+    residual: Vector | None = None
     arrived, went_in = np.zeros(size), np.zeros(size)
     for seed in range(50):
         delta = deltas(size, seed)
         payload, residual = encode_with_feedback(codec, delta, residual, RNG)
         arrived += codec.decode(payload, size)
         went_in += delta
+    assert residual is not None
     np.testing.assert_allclose(arrived + residual, went_in, atol=1e-6 * np.abs(went_in).max())
     assert np.linalg.norm(residual) < 0.5 * np.linalg.norm(went_in)
 
@@ -145,20 +146,32 @@ def test_nothing_is_lost(name: str) -> None:
 def test_what_is_small_arrives_in_the_end() -> None:
     codec = parse_codec("topk:0.1")
     delta = np.linspace(1, 2, 10, dtype=np.float32)
-    residual, arrived = np.zeros(10, np.float32), np.zeros(10, np.float32)
+    residual: Vector | None = None
+    arrived = np.zeros(10, np.float32)
     for _ in range(40):
         payload, residual = encode_with_feedback(codec, delta, residual, RNG)
         arrived += codec.decode(payload, 10)
+    assert residual is not None
     assert (arrived > 0).all()  # without feedback: the last one alone
     np.testing.assert_allclose(arrived + residual, 40 * delta, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["f32", "int8"])
+def test_a_codec_without_residual_sends_what_is_left(name: str) -> None:
+    codec, delta, residual = parse_codec(name), deltas(1000, 1), deltas(1000, 2)
+    payload, left = encode_with_feedback(codec, delta, residual, RNG)
+    assert left is None
+    total = delta + residual
+    np.testing.assert_allclose(codec.decode(payload, 1000), total, atol=np.abs(total).max() / 100)
 
 
 def test_the_residual_stays_bounded() -> None:
     """Top-k leaves at most 1 - k/n of the energy, so that residuals cannot pile up for good."""
     codec, size = parse_codec("topk:0.05"), 2000
-    residual = np.zeros(size, np.float32)
+    residual: Vector | None = None
     norms = []
     for seed in range(300):
         _, residual = encode_with_feedback(codec, deltas(size, seed), residual, RNG)
+        assert residual is not None
         norms.append(float(np.linalg.norm(residual)))
     assert max(norms[150:]) < 1.5 * max(norms[:150])
