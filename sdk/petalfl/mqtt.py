@@ -251,7 +251,7 @@ class MqttTransport:
                 loop.remove_writer(self._socket)
 
     def _read(self) -> None:
-        """Reads what has come, and lets its acknowledgements go together: a wake-up each is dear."""
+        """Reads what has come; its acknowledgements go together, as a wake-up for each is dear."""
         self._cork(True)
         for _ in range(MOST_READS):
             self._client.loop_read()

@@ -12,7 +12,8 @@ FAULTS = """
 import resource
 import numpy as np
 from server.memory import keep_freed_memory
-for is_kept in (False, keep_freed_memory()):
+for prepare in (bool, keep_freed_memory):
+    prepare()
     for count in (10, 200):  # the first to come to rest
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(count):
