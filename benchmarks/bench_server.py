@@ -63,6 +63,7 @@ class Row:
     num_clients: int
     num_parameters: int
     num_rounds: int
+    codec: str = "f32"
     refused: str | None = None
     updates_per_s: float | None = None
     mb_per_s: float | None = None
@@ -84,7 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         for repeat in range(options.repeats):
             num_rounds = options.rounds or max(2, -(-MIN_UPDATES // num_clients))
             _say(f"petalfl: {num_clients} clients, {num_rounds} rounds, run {repeat + 1}")
-            rows.append(measure(num_clients, options.parameters, num_rounds, options.broker))
+            for codec in options.codecs:
+                run = Row(f"petalfl, {options.broker}", num_clients, options.parameters,
+                          num_rounds, codec)  # fmt: skip
+                rows.append(measure(run, options.broker))
     if options.flower_python is not None:
         for repeat in range(options.repeats):
             _say(f"Flower: 50 clients, 20 rounds, run {repeat + 1}")
@@ -110,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=0, metavar="N",
         help=f"default: as many as make {MIN_UPDATES} updates, but at least 2")  # fmt: skip
     add("--repeats", type=int, default=1, metavar="N", help="runs of each size, default 1")
+    add("--codecs", type=lambda text: text.split(","), default=["f32"], metavar="NAME,…",
+        help="of the updates, default f32")  # fmt: skip
     add("--broker", choices=("mosquitto", "embedded"), default="mosquitto")
     add("--flower-python", type=Path, metavar="PATH",
         help='a Python with "flwr[simulation]"; without it Flower is left out')  # fmt: skip
@@ -118,15 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(num_clients: int, num_parameters: int, num_rounds: int, broker: str) -> Row:
-    """One fleet on a server of its own."""
-    blank = Row(f"petalfl, {broker}", num_clients, num_parameters, num_rounds)
+def measure(blank: Row, broker: str) -> Row:
+    """One fleet on a server of its own: the row with its figures."""
+    num_clients, num_rounds = blank.num_clients, blank.num_rounds
     if broker == "mosquitto" and (reason := missing_mosquitto()):
         return dataclasses.replace(blank, refused=reason)
     with tempfile.TemporaryDirectory(prefix="bench-server-") as name, ExitStack() as stack:
         folder = Path(name)
         layout = {
-            BLOCK: ("encoder", ("acc",), {"weight": (num_parameters,)}),
+            BLOCK: ("encoder", ("acc",), {"weight": (blank.num_parameters,)}),
             "head": ("head", (BLOCK,), {"weight": (2,)}),
         }
         write_artifacts(folder / "artifacts", layout, modalities={"acc": Modality((4, 2))})
@@ -149,7 +155,7 @@ def measure(num_clients: int, num_parameters: int, num_rounds: int, broker: str)
         others = _children_of(os.getpid()) - {server.pid} | _children_of(server.pid)
         before = {pid: _cpu_s(pid) for pid in (server.pid, *others)}
         fleet, devices_cpu_s = asyncio.run(
-            _drive(server, [f"device-{i}" for i in range(num_clients)], num_parameters)
+            _drive(server, [f"device-{i}" for i in range(num_clients)], blank)
         )
         spent = {pid: _cpu_s(pid) - cpu_s for pid, cpu_s in before.items()}
         accepted = sum(len(client.latencies_s) for client in fleet)
@@ -159,7 +165,7 @@ def measure(num_clients: int, num_parameters: int, num_rounds: int, broker: str)
         return dataclasses.replace(
             blank,
             updates_per_s=accepted / seconds,
-            mb_per_s=4e-6 * num_parameters * accepted / seconds,
+            mb_per_s=1e-6 * _num_bytes(blank) * accepted / seconds,
             latency_p50_s=float(np.quantile(latencies, 0.5)),
             latency_p99_s=float(np.quantile(latencies, 0.99)),
             cpu_s=spent[server.pid] / accepted,
@@ -170,12 +176,23 @@ def measure(num_clients: int, num_parameters: int, num_rounds: int, broker: str)
         )
 
 
+def _num_bytes(run: Row) -> int:
+    payload, _ = random_payload(run.num_parameters, run.codec)("", 1, BLOCK)
+    return len(payload)
+
+
 async def _drive(
-    server: RunningServer, devices: Sequence[str], num_parameters: int
+    server: RunningServer, devices: Sequence[str], blank: Row
 ) -> tuple[list[LightClient], float]:
     """Brings all devices to the start, then lets them run; they and their CPU seconds."""
     fleet = await open_fleet(
-        server.url, server.token, "default", devices, ["acc"], random_payload(num_parameters)
+        server.url,
+        server.token,
+        "default",
+        devices,
+        ["acc"],
+        random_payload(blank.num_parameters, blank.codec),
+        blank.codec,
     )
     _say("  all are connected")
     start_s = time.process_time()
@@ -295,8 +312,8 @@ def machine_limits(folder: Path) -> str:
 
 # The table
 
-HEADER = ("", "clients", "rounds", "updates/s", "MB/s", "p50 ms", "p99 ms", "CPU ms", "broker",
-          "devices", "peak MB", "broker MB")  # fmt: skip
+HEADER = ("", "codec", "clients", "rounds", "updates/s", "MB/s", "p50 ms", "p99 ms", "CPU ms",
+          "broker", "devices", "peak MB", "broker MB")  # fmt: skip
 
 
 def report(rows: Sequence[Row], *, is_markdown: bool) -> str:
@@ -317,7 +334,7 @@ def report(rows: Sequence[Row], *, is_markdown: bool) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    start = (row.contender, str(row.num_clients), str(row.num_rounds))
+    start = (row.contender, row.codec, str(row.num_clients), str(row.num_rounds))
     if row.refused is not None:
         return (*start, f"refused: {row.refused}")
     return (

@@ -17,11 +17,11 @@ import aiohttp
 import numpy as np
 
 from petalfl import topics, wire
+from petalfl.codecs import parse_codec
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.store import Outgoing
 from petalfl.transport import Handler, Transport
 from petalfl.uplink import Uplink
-from petalfl.vectors import to_bytes
 
 ENROLLING_AT_ONCE = 8
 CONNECTING_AT_ONCE = 16
@@ -30,10 +30,11 @@ CONNECTING_AT_ONCE = 16
 MakePayload = Callable[[str, int, str], tuple[bytes, int]]
 
 
-def random_payload(num_parameters: int) -> MakePayload:
+def random_payload(num_parameters: int, codec: str = "f32") -> MakePayload:
     """The same small random update from everybody, made once."""
     rng = np.random.default_rng(0)
-    payload = to_bytes(rng.normal(scale=1e-3, size=num_parameters).astype(np.float32))
+    delta = rng.normal(scale=1e-3, size=num_parameters).astype(np.float32)
+    payload = parse_codec(codec).encode(delta, rng)
     return lambda device, round_num, block: (payload, 16)
 
 
@@ -48,7 +49,12 @@ class LightClient:
     """
 
     def __init__(
-        self, transport: Transport, federation: str, device: str, make_payload: MakePayload
+        self,
+        transport: Transport,
+        federation: str,
+        device: str,
+        make_payload: MakePayload,
+        codec: str = "f32",
     ) -> None:
         self.device = device
         self.receipts: dict[bytes, wire.Receipt] = {}
@@ -59,6 +65,7 @@ class LightClient:
         self._transport = _ClockedTransport(transport)
         self._federation = federation
         self._make_payload = make_payload
+        self._codec = codec
         self._uplink = Uplink(self._transport, federation, device)
         self._queue: asyncio.Queue[wire.Task | wire.Finish] = asyncio.Queue()
         self._digests: dict[int, str] = {}  # by id of the payload
@@ -118,7 +125,7 @@ class LightClient:
                 round_num=task.round_num,
                 base_version=pointer.version,
                 num_examples=num_examples,
-                codec="f32",
+                codec=self._codec,
                 num_bytes=len(payload),
                 sha256=self._digest(payload),
             )
@@ -168,6 +175,7 @@ async def open_fleet(
     devices: Sequence[str],
     modalities: Sequence[str],
     make_payload: MakePayload,
+    codec: str = "f32",
 ) -> list[LightClient]:
     """Enrolls, connects and subscribes so many devices; none has said yet that it is ready."""
     root = f"{url}/v1/{federation}"
@@ -192,7 +200,7 @@ async def open_fleet(
                     client_id=f"{federation}-{device}",
                     on_connect=lambda: client.announce_again(),
                 )
-                client = LightClient(transport, federation, device, make_payload)
+                client = LightClient(transport, federation, device, make_payload, codec)
                 await transport.connect()
                 await client.subscribe()
             return client

@@ -31,10 +31,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ],
 )
 def test_it_measures_a_fleet(capsys: pytest.CaptureFixture[str], broker: str) -> None:
-    [row] = map(json.loads, run(capsys, "--broker", broker, "--json").splitlines())
+    printed = run(capsys, "--broker", broker, "--codecs", "f32,int8", "--json")
+    row, shorter = map(json.loads, printed.splitlines())
     assert (row["num_clients"], row["num_rounds"], row["refused"]) == (3, 2, None)
     assert 0 < row["latency_p50_s"] <= row["latency_p99_s"] < 60
     assert row["mb_per_s"] == pytest.approx(row["updates_per_s"] * 0.16)
+    assert shorter["mb_per_s"] < 0.3 * 0.16 * shorter["updates_per_s"]
     assert row["peak_bytes"] > 10e6
     assert row["broker_peak_bytes"] > 1e6 and row["cpu_s"] > 0
 
@@ -47,6 +49,6 @@ def test_the_table_says_what_flower_lacks(
     table = run(capsys, "--broker", "embedded", "--markdown", *python)
     lines = table.splitlines()
     assert lines[1].startswith("|---|--:|")
-    assert lines[2].startswith("| petalfl, embedded | 3 | 2 |")
+    assert lines[2].startswith("| petalfl, embedded | f32 | 3 | 2 |")
     assert "refused: ModuleNotFoundError: No module named 'flwr'" in lines[3]
     assert "fdatasync" in table
