@@ -365,3 +365,25 @@ def test_a_budget_and_a_pace_of_its_own(watch_artifacts: Path, tmp_path: Path) -
         versions = server.get("status")["shared_blocks"]
         assert sum(versions.values()) - len(SHARED) == len(sent)
         assert max(versions.values()) == 4
+
+
+def test_a_device_that_knows_no_codec_among_others_that_do(
+    watch_artifacts: Path, tmp_path: Path
+) -> None:
+    *others, member = three_devices()
+    arguments = ("--rounds", "1", "--codec", "topk-int8:0.05", *SCHEME)
+    with running_server(watch_artifacts, tmp_path / "server", *arguments) as server:
+        node = start(server, member, tmp_path)
+        try:
+            with ExitStack() as stack:
+                clients = [stack.enter_context(other.client(server, tmp_path)) for other in others]
+                asyncio.run(take_part(clients))
+        finally:
+            code, _, errors = end(node)
+        assert (code, errors) == (0, "")
+        traffic = server.get("devices")
+    sent = {device: traffic[device]["blocks"] for device in traffic}
+    assert server.query("SELECT COUNT(*) FROM updates") == [(4,)]
+    for other, block in zip(others, ("encoder-acc", "encoder-gyro"), strict=True):
+        bytes_up = sent[other.name][block]["bytes_up"]
+        assert 0 < 40 * bytes_up < sent[NODE_DEVICE][block]["bytes_up"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -9,14 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from petalfl.errors import StoreError
-from petalfl.store import DeviceStore, Identity, Outgoing, Shared, State
+from petalfl.store import DeviceStore, Identity, Outgoing, Residual, Shared, State
 
 IDENTITY = Identity("default", "dev-1", "p" * 43, ("fusion", "head"))
 STATE = State(
-    7, {"head": b"\0\1\2\3" * 5, "fusion": b""}, (Outgoing(b"m", b"12"), Outgoing(b"", b""))
+    7,
+    {"head": b"\0\1\2\3" * 5, "fusion": b""},
+    (Outgoing(b"m", b"12"), Outgoing(b"", b"")),
+    {"encoder-acc": Residual(8, b"\4\5\6\7" * 3)},
 )
 SHARED = Shared({"encoder-acc": 8}, {"encoder-acc": bytes(range(40))})
 
@@ -51,6 +56,14 @@ def test_everything_comes_back_after_a_restart(tmp_path: Path) -> None:
     assert (again.artifacts / "head/eval_model.onnx").read_bytes() == b"onnx"
     assert again.read_file("manifest.json") == b"{}"
     again.close()
+
+
+def test_a_state_from_before_residuals_is_read(store: DeviceStore) -> None:
+    fields = {"round_num": 7, "private": {"head": bytes(8)}, "outbox": []}
+    body = msgpack.packb(fields)
+    path = store.folder / "state.msgpack"
+    path.write_bytes(hashlib.sha256(body).digest() + body)
+    assert store.read_state() == State(7, {"head": bytes(8)}, (), {})
 
 
 def test_a_write_replaces(store: DeviceStore) -> None:

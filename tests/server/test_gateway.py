@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalfl import topics, wire
+from petalfl.codecs import parse_codec
 from petalfl.errors import TransportError
 from petalfl.model import ModelManifest
 from petalfl.training import Hyperparameters
 from petalfl.transport import MemoryBroker
-from petalfl.vectors import to_bytes
+from petalfl.vectors import Vector, to_bytes
 from petalfl.wire import CHUNK_BYTES
 from server.gateway import Gateway
 from server.transfers import MAX_ATTEMPTS, MAX_PER_DEVICE
@@ -285,6 +287,49 @@ async def test_a_payload_with_another_digest_is_rejected(gate: Gate) -> None:
     reason = "block big: the payload's sha256 is not the manifest's"
     assert gate.receipts == [wire.Receipt(UPDATE.update_id, "rejected", reason)]
     assert gate.num_partials() == 0
+
+
+def encoded(codec: str, delta: Vector) -> tuple[wire.UpdateManifest, bytes]:
+    """`HEAD`, with another delta, as a device with that codec sends it."""
+    payload = parse_codec(codec).encode(delta, np.random.default_rng(0))
+    manifest, _ = announce(HEAD)
+    digest = hashlib.sha256(payload).hexdigest()
+    return replace(manifest, codec=codec, num_bytes=len(payload), sha256=digest), payload
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "topk:0.3", "topk-int8:0.3"])
+async def test_an_update_in_every_codec(gate: Gate, codec: str) -> None:
+    manifest, payload = encoded(codec, HEAD.delta)
+    chunk = wire.Chunk(HEAD.update_id, 0, payload)
+    await gate.send("head", manifest, chunk, wire.Fin(HEAD.update_id))
+    [found] = gate.judge.updates
+    np.testing.assert_array_equal(found.delta, parse_codec(codec).decode(payload, 8))
+    assert replace(found, delta=HEAD.delta) == HEAD
+    assert gate.receipts == [wire.Receipt(HEAD.update_id, "accepted")]
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "topk:0.3", "topk-int8:0.3"])
+async def test_a_length_that_no_payload_has_is_malformed(gate: Gate, codec: str) -> None:
+    most = parse_codec(codec).max_bytes(8)
+    manifest = replace(encoded(codec, HEAD.delta)[0], num_bytes=most + 1)
+    await gate.send("head", manifest)
+    assert gate.num_partials() == 0 and gate.refused == {"malformed": 1}
+    await gate.send("head", replace(manifest, num_bytes=most - 1))
+    assert gate.num_partials() == codec.startswith("topk"), "which may be shorter"
+
+
+async def test_a_payload_that_its_codec_cannot_have_written_is_rejected(gate: Gate) -> None:
+    payload = b"\xff" + bytes(8)  # all bits are set
+    manifest = replace(
+        encoded("topk:0.3", HEAD.delta)[0],
+        num_bytes=9,
+        sha256=hashlib.sha256(payload).hexdigest(),
+    )
+    chunk = wire.Chunk(HEAD.update_id, 0, payload)
+    await gate.send("head", manifest, chunk, wire.Fin(HEAD.update_id))
+    gate.assert_untouched(payload=1)
+    reason = "block head: topk:0.3: 8 bits are set, expected 2"
+    assert gate.receipts == [wire.Receipt(HEAD.update_id, "rejected", reason)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

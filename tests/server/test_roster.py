@@ -209,3 +209,32 @@ async def test_late_updates_are_counted(site: Site, clock: Clock) -> None:
         run.federation.on_report("watch-1", make_report("watch-1"))
         await run.finish_round(2)
         assert [closed["num_late"] for closed in run.state.history.rounds()] == [0, 2]
+
+
+# Codecs
+
+
+async def test_a_task_names_the_best_codec_that_the_device_knows(site: Site) -> None:
+    with site.run(codec="topk-int8:0.1", min_devices=2) as run:
+        run.federation.on_ready("watch-0", wire.Ready(("acc",), ("head",)))
+        run.federation.on_ready("watch-1", wire.Ready(("acc",), ("head",), ("f32", "int8")))
+        assert run.task("watch-0", 1).codec is None, "f32 needs no word of it"
+        assert run.task("watch-1", 1).codec == "int8"
+
+
+async def test_a_device_that_learns_a_codec_is_asked_to_use_it(site: Site) -> None:
+    with site.run(codec="int8") as run:
+        ready(run, "watch-0")
+        assert run.task("watch-0", 1).codec is None
+        run.federation.on_ready("watch-0", wire.Ready(("acc",), ("head",), ("f32", "int8")))
+        assert run.task("watch-0", 1).codec == "int8"
+
+
+@pytest.mark.parametrize(("codec", "most"), [("f32", 1), ("int8", 2), ("topk:0.1", 3)])
+def test_a_budget_counts_bytes_as_they_are_sent(tmp_path: Path, codec: str, most: int) -> None:
+    """24 + 16 + 32 bytes of f32, 10 + 8 + 12 of int8, 5 each of one value with its bitmap."""
+    config = make_config(tmp_path, tmp_path, max_upload_bytes=22, codec=codec)
+    roster = Roster(SIZES, {})
+    roster.ready["watch"] = frozenset(HELD["watch"])
+    roster.codecs["watch"] = ("int8", "topk")
+    assert len(roster.uploads("watch", 1, config)) == most

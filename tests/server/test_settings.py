@@ -176,6 +176,8 @@ IMPOSSIBLE = {
     "scheme = 'ph'\nquorum = '1,head=2'": "quorum: 'head' is no shared block",
     "mode = 'async'\nscheme = 'local'": "mode: async needs a block that is shared",
     "mode = 'async'\nselection = 'random'": "selection: there is none in mode async",
+    "codec = 'zip'": "codec: unknown codec 'zip', expected one of f32, f16, bf16, int8, topk:SHARE",
+    "codec = 'topk:0.7'": "codec: unknown codec 'topk:0.7'",
     "max_upload_bytes = 11": "max_upload_bytes: found 11, the smallest shared block has 12",
     "scheme = 'ph'\nprivate_blocks = 'head'": "private_blocks: there is a scheme, too",
     "private_blocks = ['tail']": "private_blocks: 'tail' is no block of the model that trains",
