@@ -62,6 +62,11 @@ def test_the_server_takes_a_broker() -> None:
     assert server._parser().parse_args(shlex.split(line)[3:]).broker.startswith("mqtt://admin:")
 
 
+def test_the_server_takes_rules() -> None:
+    (line,) = [c for c in COMMANDS if "--mode" in c]
+    assert server._parser().parse_args(shlex.split(line)[3:]).aggregator == "trimmed-mean:0.1"
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://arxiv.org/") or (REPOSITORY / target).exists(), target
@@ -77,8 +82,10 @@ def test_export_serve_and_embed(tmp_path: Path) -> None:
     for app, output in zip(apps, outputs, strict=True):
         assert app.returncode == 0, output
         assert re.fullmatch(r"\[[0-6]\]", output.strip().splitlines()[-1])
-    for form in ("inspect", "verify", "merge"):
-        run_all(f"python -m export {form}", tmp_path)
+    for form in ("export inspect", "export verify", "export merge"):
+        run_all(f"python -m {form}", tmp_path)
+    subprocess.run(command("python -m server --artifacts artifacts check"), cwd=tmp_path,
+                   env=ENVIRONMENT, check=True)  # fmt: skip
     assert torch.load(tmp_path / "model.pt").keys()
     assert [i.name for i in onnx.load(tmp_path / "model.onnx").graph.input] == ["acc"]
 
