@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from petalfl.codecs import parse_codec
 from petalfl.model import ModelManifest
+from petalfl.payloads import max_payload_bytes
 from petalfl.schema import read
 from petalfl.training import Hyperparameters
 
@@ -135,8 +136,8 @@ def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
             f"{_label('selection', settings)}: there is none in mode async, where every ready "
             "device has a task"
         )
-    num_bytes = parse_codec(config.codec).max_bytes
-    smallest = min((num_bytes(block.size) for block in shared), default=0)
+    codec = parse_codec(config.codec)
+    smallest = min((max_payload_bytes(codec, block) for block in shared), default=0)
     if 0 < config.max_upload_bytes < smallest:
         raise ConfigError(
             f"{_label('max_upload_bytes', settings)}: found {config.max_upload_bytes}, the "

@@ -82,7 +82,7 @@ class Federation:
         self._traffic = Traffic()
         check_owner(state, config, manifest)
         self.shared = SharedBlocks(state, manifest, config.artifacts, config.private_blocks)
-        self.roster = Roster(self.shared.sizes, state.candidates())
+        self.roster = Roster(self.shared.blocks, state.candidates())
         self._use(config)
         unclosed = state.unclosed_round()
         if unclosed is not None:  # before anything arrives: its updates must not be refused

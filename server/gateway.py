@@ -77,9 +77,9 @@ class Gateway:
         self.refused: Counter[str] = Counter()  # by reason
         self._transport = transport
         self._federation = federation
-        self._sizes = {b.name: b.size for b in manifest.blocks if not b.is_frozen}
+        self._blocks = {b.name: b for b in manifest.blocks if not b.is_frozen}
         self._judge = judge
-        longest = 4 * max(self._sizes.values(), default=0)
+        longest = max((4 * b.size for b in self._blocks.values()), default=0)
         self.transfers = Transfers(max(max_transfer_bytes, 4 * longest), now_s)
         self._conduct = Conduct(TOLERATED_BYTES + 4 * longest, now_s)
         self._cut_off = cut_off
@@ -180,10 +180,9 @@ class Gateway:
             raise WireError(f"a {type(message).__name__} does not belong on this topic")
 
     def _begin(self, device: str, block: str, manifest: wire.UpdateManifest) -> None:
-        size = self._sizes.get(block)
-        if size is None or manifest.block != block:
+        if block not in self._blocks or manifest.block != block:
             raise WireError(f"block {manifest.block!r} announced on the topic of {block!r}")
-        wire.check_announced(manifest, size)
+        wire.check_announced(manifest, self._blocks[block])
         self.transfers.announce(device, manifest)
         self._ask_waiting()
 
@@ -214,9 +213,9 @@ class Gateway:
             self._end(device, update_id)
             return wire.Receipt(update_id, "rejected", malformed)
         self._end(device, update_id)
-        size = self._sizes[transfer.manifest.block]
+        block = self._blocks[transfer.manifest.block]
         try:
-            update = wire.decode_payload(transfer.manifest, transfer.payload, device, size)
+            update = wire.decode_payload(transfer.manifest, transfer.payload, device, block)
         except WireError as error:
             self.refused["payload"] += 1
             self._conduct.note(device, transfer.manifest.num_bytes)

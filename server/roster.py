@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from petalfl.codecs import parse_codec
+from petalfl.model import Block
+from petalfl.payloads import max_payload_bytes
 from petalfl.wire import BlockUpdate, Report
 
 from .config import Config
@@ -24,7 +26,7 @@ class Roster:
     """Devices come and go; what is known of them stays.
 
     Args:
-        sizes: By shared block, the floats of its vector.
+        blocks: Those that are shared.
         known: By device, its record of former runs.
 
     Attributes:
@@ -32,10 +34,10 @@ class Roster:
         codecs: By device, the kinds of codecs that it knows.
     """
 
-    def __init__(self, sizes: Mapping[str, int], known: Mapping[str, Candidate]) -> None:
+    def __init__(self, blocks: Mapping[str, Block], known: Mapping[str, Candidate]) -> None:
         self.ready: dict[str, Blocks] = {}
         self.codecs: dict[str, Collection[str]] = {}
-        self._sizes = sizes
+        self._blocks = blocks
         self._known = dict(known)
         self._asked_at_s: dict[str, float] = {}
         self._sent: dict[str, dict[str, tuple[int, float]]] = {}  # last round, norm of the delta
@@ -67,10 +69,12 @@ class Roster:
             return held
         sent = self._sent.get(device, {})
         most = max((norm for _, norm in sent.values()), default=1.0)
-        num_bytes = parse_codec(self.codec(device, config)).max_bytes
+        codec = parse_codec(self.codec(device, config))
         last = {block: sent.get(block, (0, most)) for block in held}
         uploads = {
-            block: Upload(num_bytes(self._sizes[block]), norm, round_num - last_round)
+            block: Upload(
+                max_payload_bytes(codec, self._blocks[block]), norm, round_num - last_round
+            )
             for block, (last_round, norm) in last.items()
         }
         return frozenset(choose_uploads(uploads, config.max_upload_bytes))

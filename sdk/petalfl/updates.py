@@ -9,9 +9,10 @@ import secrets
 import numpy as np
 
 from petalfl import wire
-from petalfl.codecs import Codec, encode_with_feedback, parse_codec
+from petalfl.codecs import Codec, parse_codec
 from petalfl.errors import DataError
 from petalfl.model import Block
+from petalfl.payloads import encode_payload
 from petalfl.store import Outgoing, Residual
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
@@ -57,7 +58,7 @@ def _usable(kept: Residual | None, block: Block, base_version: int) -> Vector | 
     if kept is None or kept.base_version > base_version:
         return None
     try:
-        return from_bytes(kept.vector, block.size)
+        return from_bytes(kept.vector, block.num_trainable)
     except ValueError:  # of a model before this one
         return None
 
@@ -66,11 +67,11 @@ def _encode(
     block: Block, codec: Codec, delta: Vector, residual: Vector | None, rng: np.random.Generator
 ) -> tuple[Codec, bytes, Vector | None]:
     try:
-        return codec, *encode_with_feedback(codec, delta, residual, rng)
+        return codec, *encode_payload(codec, block, delta, residual, rng)
     except ValueError as error:
         log.warning("block %s goes without its codec: %s", block.name, error)
     plain = parse_codec("f32")
     try:
-        return plain, *encode_with_feedback(plain, delta, residual, rng)
+        return plain, *encode_payload(plain, block, delta, residual, rng)
     except ValueError as error:
         raise DataError(f"the update of block {block.name} cannot be sent: {error}") from error

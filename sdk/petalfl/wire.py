@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgpack
 import numpy as np
 
-from petalfl import codecs
+from petalfl import payloads
+from petalfl.codecs import CODEC_REGEX, parse_codec
 from petalfl.errors import WireError
-from petalfl.model import MAX_BLOCK_SIZE
+from petalfl.model import MAX_BLOCK_SIZE, Block
 from petalfl.schema import Limit, Name, Pattern, Sha256, plain, read
 from petalfl.training import Hyperparameters
 from petalfl.vectors import Vector
@@ -31,7 +32,7 @@ MAX_TASK_BLOCKS = 128
 Count = Annotated[int, Limit(0, 1 << 40)]
 Positive = Annotated[int, Limit(1, 1 << 40)]
 UpdateId = Annotated[bytes, Limit(16, 16)]
-CodecName = Annotated[str, Pattern(codecs.CODEC_REGEX)]
+CodecName = Annotated[str, Pattern(CODEC_REGEX)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,25 +241,22 @@ class BlockUpdate:
     delta: Vector
 
 
-def check_announced(manifest: UpdateManifest, size: int) -> None:
-    """Refuses an update that announces more or less than a block of that size takes.
+def check_announced(manifest: UpdateManifest, block: Block) -> None:
+    """Refuses an update that announces more or less than one of the block takes.
 
     Raises:
         WireError: It does.
     """
     try:
-        codecs.check_num_bytes(codecs.parse_codec(manifest.codec), manifest.num_bytes, size)
+        payloads.check_payload_bytes(parse_codec(manifest.codec), manifest.num_bytes, block)
     except WireError as error:
-        raise WireError(f"block {manifest.block}: announced are {error}") from error
+        raise WireError(f"block {manifest.block}: {error}") from error
 
 
 def decode_payload(
-    manifest: UpdateManifest, payload: bytes | memoryview, device: str, size: int
+    manifest: UpdateManifest, payload: bytes | memoryview, device: str, block: Block
 ) -> BlockUpdate:
     """The update in a complete payload.
-
-    Args:
-        size: Of the block's vector.
 
     Raises:
         WireError: Wrong length or digest, or nothing that its codec can have written.
@@ -266,7 +264,7 @@ def decode_payload(
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise WireError(f"block {manifest.block}: the payload's sha256 is not the manifest's")
     try:
-        delta = codecs.parse_codec(manifest.codec).decode(payload, size)
+        delta = payloads.decode_payload(parse_codec(manifest.codec), block, payload)
     except WireError as error:
         raise WireError(f"block {manifest.block}: {error}") from error
     return BlockUpdate(

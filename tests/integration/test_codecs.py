@@ -50,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         outgoing, residual = make_update(self, block, task, result, before, rng)
         manifest = wire.decode(outgoing.message)
         assert isinstance(manifest, wire.UpdateManifest)
-        decoded = wire.decode_payload(manifest, outgoing.payload, self.device, block.size)
+        decoded = wire.decode_payload(manifest, outgoing.payload, self.device, block)
         key = (self.device, block.name)
         seen.trained[key].append(result.parameters[block.name] - before)
         seen.sent[key].append(decoded.delta)

@@ -31,8 +31,8 @@ def update(
     rng = np.random.default_rng(0)
     outgoing, left = make_update(BLOCK, task(codec, version), 12, delta, kept, rng)
     manifest = cast(wire.UpdateManifest, wire.decode(outgoing.message))
-    wire.check_announced(manifest, BLOCK.size)
-    found = wire.decode_payload(manifest, outgoing.payload, "watch", BLOCK.size)
+    wire.check_announced(manifest, BLOCK)
+    found = wire.decode_payload(manifest, outgoing.payload, "watch", BLOCK)
     assert (found.round_num, found.base_version, found.num_examples) == (7, version, 12)
     return manifest, found.delta, left
 

@@ -40,6 +40,7 @@ from petalfl.wire import (
     read_bitmap,
     split_chunks,
 )
+from tests.petalfl.builders import make_block
 
 ID = bytes(range(16))
 IDS = st.binary(min_size=16, max_size=16)
@@ -240,6 +241,7 @@ def test_a_whole_number_will_do_for_a_loss() -> None:
 
 
 DELTA = np.array([0.0, -0.0, 1.5, -2.0, 1e-45], np.float32)
+FIVE = make_block("head", ("fusion",), 1, 4)  # as many parameters
 
 
 def announce(payload: bytes) -> UpdateManifest:
@@ -249,7 +251,7 @@ def announce(payload: bytes) -> UpdateManifest:
 
 def test_a_payload() -> None:
     payload = bytes.fromhex("00000000 00000080 0000c03f 000000c0 01000000")
-    update = decode_payload(announce(payload), payload, "watch-1", size=5)
+    update = decode_payload(announce(payload), payload, "watch-1", FIVE)
     assert isinstance(update, BlockUpdate)
     assert update.delta.dtype == np.float32
     assert update.delta.tobytes() == DELTA.astype("<f4").tobytes()
@@ -274,20 +276,21 @@ BAD_PAYLOADS = {
 def test_bad_payloads(case: str) -> None:
     payload, message = BAD_PAYLOADS[case]
     with pytest.raises(WireError, match=f"^block head: .*{message}"):
-        decode_payload(announce(payload), payload, "watch-1", size=5)
+        decode_payload(announce(payload), payload, "watch-1", FIVE)
 
 
 def test_a_payload_that_was_not_announced() -> None:
     with pytest.raises(WireError, match=r"^block head: .*sha256"):
-        decode_payload(announce(DELTA.tobytes()), bytes(20), "watch-1", size=5)
+        decode_payload(announce(DELTA.tobytes()), bytes(20), "watch-1", FIVE)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st_numpy.arrays(np.float32, st.integers(1, 9)))
 def test_only_finite_deltas_come_in(delta: NDArray[np.float32]) -> None:
     payload = delta.astype("<f4").tobytes()
+    block = make_block("head", ("x",), 1, len(delta) - 1)
     try:
-        update = decode_payload(announce(payload), payload, "d", len(delta))
+        update = decode_payload(announce(payload), payload, "d", block)
     except WireError:
         assert not all(np.isfinite(x) for x in delta)
     else:

@@ -15,9 +15,11 @@ from server.roster import Roster
 from server.selection import Candidate
 from tests.server.builders import (
     INITIAL,
+    LAYOUT,
     SIZES,
     Run,
     Site,
+    make_block,
     make_config,
     make_report,
     make_update,
@@ -25,6 +27,7 @@ from tests.server.builders import (
 )
 from tests.server.test_federation import HELD, Clock, cohort
 
+BLOCKS = {name: make_block(name, *rest)[0] for name, rest in LAYOUT.items()}
 MANY = {f"watch-{i}": ["acc"] for i in range(8)} | {"phone-0": ["gyro"]}
 
 
@@ -117,7 +120,7 @@ async def test_utility_knows_the_past_also_after_a_restart(site: Site) -> None:
 
 
 def test_a_record_grows() -> None:
-    roster = Roster(SIZES, {"watch": Candidate(frozenset(), num_selected=3, last_round=2)})
+    roster = Roster(BLOCKS, {"watch": Candidate(frozenset(), num_selected=3, last_round=2)})
     roster.note_asked("watch", 5, 100.0)
     roster.note_report("watch", make_report("watch", num_examples=9, loss=0.25), 107.5)
     roster.note_asked("phone", 5, 100.0)
@@ -159,7 +162,7 @@ async def test_without_a_budget_a_task_says_nothing_of_uploads(site: Site) -> No
 
 def test_the_blocks_that_matter_go_first(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path, max_upload_bytes=60)
-    roster = Roster(SIZES, {})
+    roster = Roster(BLOCKS, {})
     roster.ready["watch"] = frozenset(HELD["watch"])
     for block, delta in (("encoder-acc", 9.0), ("fusion", 0.001), ("head", 0.001)):
         roster.note_sent(make_update("watch", block, delta))
@@ -234,7 +237,7 @@ async def test_a_device_that_learns_a_codec_is_asked_to_use_it(site: Site) -> No
 def test_a_budget_counts_bytes_as_they_are_sent(tmp_path: Path, codec: str, most: int) -> None:
     """24 + 16 + 32 bytes of f32, 10 + 8 + 12 of int8, 5 each of one value with its bitmap."""
     config = make_config(tmp_path, tmp_path, max_upload_bytes=22, codec=codec)
-    roster = Roster(SIZES, {})
+    roster = Roster(BLOCKS, {})
     roster.ready["watch"] = frozenset(HELD["watch"])
     roster.codecs["watch"] = ("int8", "topk")
     assert len(roster.uploads("watch", 1, config)) == most

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
-from .codec import Codec, check_num_bytes
+from .codec import Codec
 from .feedback import encode_with_feedback
 from .float32 import float32
 from .halves import bfloat16, float16
@@ -17,7 +17,6 @@ __all__ = [
     "CODEC_REGEX",
     "KINDS",
     "Codec",
-    "check_num_bytes",
     "encode_with_feedback",
     "parse_codec",
 ]

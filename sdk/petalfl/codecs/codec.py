@@ -42,20 +42,6 @@ def check_length(name: str, data: bytes | memoryview, expected: int, size: int) 
         raise WireError(f"{name}: {len(data)} bytes, expected {expected} for {size} parameters")
 
 
-def check_num_bytes(codec: Codec, num_bytes: int, size: int) -> None:
-    """Refuses to wait for a payload that no vector of that size can have.
-
-    Raises:
-        WireError: It is too long, or too short where the length is fixed.
-    """
-    most = codec.max_bytes(size)
-    if num_bytes > most or (codec.has_fixed_length and num_bytes < most):
-        or_less = "" if codec.has_fixed_length else " at most"
-        raise WireError(
-            f"{num_bytes} bytes of {codec.name}, expected {most}{or_less} for {size} parameters"
-        )
-
-
 def check_finite(name: str, vector: Vector) -> Vector:
     """The vector that was decoded.
 
