@@ -54,7 +54,7 @@ _INSERT_UPDATE = """
 INSERT INTO updates (update_id, round_num, device, block, base_version, num_examples, delta,
 num_bytes, crc32, norm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_POSITION = 6  # in such a row
+_KEY, _POSITION = slice(1, 4), 6  # in such a row
 _INSERT_REPORT = "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -73,7 +73,10 @@ class Journal:
     def __init__(self, db: sqlite3.Connection, folder: Path) -> None:
         self._db = db
         self._folder = folder / FOLDER
-        self._updates: dict[bytes, tuple[Any, ...]] = {}  # rows that are not yet durable
+        # Rows that are not yet durable. Whoever commits takes them out afterwards: one that is
+        # no longer here is in the database, and so the database is asked second.
+        self._updates: dict[bytes, tuple[Any, ...]] = {}
+        self._sent: set[tuple[Any, ...]] = set()  # round, device and block of each of those
         self._reports: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._segment = -1  # the open one's file descriptor
         self._start = 0  # and its first byte's position
@@ -115,10 +118,12 @@ class Journal:
             if self._segment < 0 or self._end - self._start + len(data) > SEGMENT_BYTES:
                 self._open_segment()
             _write(self._segment, data, self._end - self._start)
-        self._updates[update.update_id] = (
+        row: tuple[Any, ...] = (
             update.update_id, update.round_num, update.device, update.block, update.base_version,
             update.num_examples, self._end, len(data), zlib.crc32(data), norm,
         )  # fmt: skip
+        self._sent.add(row[_KEY])
+        self._updates[update.update_id] = row
         self._end += len(data)
 
     def append_report(
@@ -145,7 +150,8 @@ class Journal:
         if not (updates or reports):
             return
         # The open segment may be full, and closed, before the thread comes to it.
-        segment = os.dup(self._segment) if updates and self._segment >= 0 else -1
+        with _translated(f"cannot commit to the journal {self._folder}"):
+            segment = os.dup(self._segment) if updates and self._segment >= 0 else -1
         try:
             await asyncio.to_thread(self._commit, segment, updates, reports)
         finally:
@@ -163,7 +169,7 @@ class Journal:
 
     def _has_other(self, update: BlockUpdate) -> bool:
         key = (update.round_num, update.device, update.block)
-        if any(row[1:4] == key for row in self._updates.values()):
+        if key in self._sent:
             return True
         query = "SELECT 1 FROM updates WHERE round_num = ? AND device = ? AND block = ?"
         return self.has(update.update_id) or self._db.execute(query, key).fetchone() is not None
@@ -203,9 +209,9 @@ class Journal:
 
     def _recycle(self) -> None:
         """Sets aside the segments that no update waits in any more."""
+        waiting = [row[_POSITION] for row in list(self._updates.values())]
         rows = self._db.execute("SELECT delta FROM updates WHERE delta IS NOT NULL")
-        waiting = [position for (position,) in rows]
-        waiting += [row[_POSITION] for row in self._updates.values()]
+        waiting += [position for (position,) in rows]
         found = segments(self._folder)
         starts = list(found)
         used = {starts[bisect_right(starts, position) - 1] for position in waiting if starts}
@@ -235,7 +241,7 @@ class Journal:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
             for update_id in updates:
-                del self._updates[update_id]
+                self._sent.remove(self._updates.pop(update_id)[_KEY])
             for key in reports:
                 del self._reports[key]
 

@@ -1,0 +1,120 @@
+"""The journal while one thread commits and another appends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.database import open_database
+from server.journal import DATABASE, Journal
+from server.versions import StateError
+from tests.server.builders import SIZES, make_update
+
+
+class Database:
+    """Does `meanwhile` before or after it looks for what waits in segments."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.is_before = False
+
+    def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+        is_it = query.startswith("SELECT delta")
+        if is_it and self.is_before:
+            self.meanwhile()
+        rows = self._db.execute(query, *values)
+        if is_it and not self.is_before:
+            self.meanwhile()
+        return rows
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    opened = open_database(tmp_path / DATABASE)
+    yield Database(opened)
+    opened.close()
+
+
+@pytest.fixture
+def journal(tmp_path: Path, db: Database) -> Iterator[Journal]:
+    opened = Journal(db, tmp_path)  # type: ignore[arg-type]
+    yield opened
+    opened.close()
+
+
+def waiting(journal: Journal) -> list[tuple[str, float]]:
+    return [(update.device, float(update.delta[0])) for update in journal.unconsumed(SIZES)]
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_an_update_committed_while_segments_are_set_aside_is_kept(
+    journal: Journal, db: Database, monkeypatch: pytest.MonkeyPatch, is_before: bool
+) -> None:
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", 4 * SIZES["head"])  # one update in each
+    db.meanwhile, db.is_before = journal.commit, is_before
+    for number in range(3):
+        journal.append(make_update(f"device-{number}", "head", number), 1.0)
+    db.meanwhile = lambda: None
+    journal.commit()
+    assert waiting(journal) == [("device-0", 0), ("device-1", 1), ("device-2", 2)]
+
+
+def test_updates_are_appended_while_others_are_committed(journal: Journal) -> None:
+    is_over = threading.Event()
+
+    def commit() -> None:
+        while not is_over.is_set():
+            journal.commit()
+
+    thread = threading.Thread(target=commit)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for number in range(500):
+            journal.append(make_update(f"device-{number}", "head", number), 1.0)
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval_s)
+    journal.commit()
+    assert waiting(journal) == [(f"device-{n}", n) for n in range(500)]
+
+
+OTHERS = [("phone", "head", 1), ("watch", "fusion", 1), ("watch", "head", 2)]
+
+
+def test_a_row_knows_its_task_before_and_after_its_commit(journal: Journal) -> None:
+    journal.append(make_update("watch", "head", 1.0), 1.0)
+    for _ in range(2):
+        for device, block, round_num in OTHERS:
+            assert not journal._has_other(make_update(device, block, 1.0, round_num=round_num))
+        with pytest.raises(StateError, match="has an update of that task"):
+            journal.append(make_update("watch", "head", 2.0, update_id=bytes(16)), 1.0)
+        journal.commit()
+    assert journal._sent == set()
+
+
+async def test_without_a_descriptor_to_spare_what_is_held_stays(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append(make_update("watch", "head", 1.0), 1.0)
+
+    def dup(descriptor: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(StateError, match="Too many open files"):
+        patch.setattr(os, "dup", dup)
+        await journal.commit_on_thread()
+    assert waiting(journal) == []
+    await asyncio.gather(journal.commit_on_thread(), journal.commit_on_thread())
+    assert waiting(journal) == [("watch", 1.0)]
