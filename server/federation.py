@@ -153,6 +153,11 @@ class Federation:
             refusal = Refusal("duplicate", "its update_id is another's") if is_known else None
         return refusal
 
+    def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
+        """Rejects an update that would not count before its payload has come."""
+        refusal = self.refuse(device, manifest)
+        return self._rejected(manifest.update_id, refusal) if refusal else None
+
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """Counts an update once; it is in the journal before its receipt exists."""
         if refusal := self.refuse(update.device, update):
@@ -324,10 +329,17 @@ class Federation:
             count = self._tally.counted if name in versions else self._tally.dropped
             count[name] += len(result.update_ids)
             stepping.step(name, self.shared.versions[name], self._aggregator)
-        in_use = self.config.max_staleness + 1 if self.config.is_async else 1
-        self._state.prune_versions(max(self.config.keep_versions, in_use))
         if closing is not None:
             self._close(stepping, closing)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Lets go of old versions; what the disk refuses is left to the next step."""
+        in_use = self.config.max_staleness + 1 if self.config.is_async else 1
+        try:
+            self._state.prune_versions(max(self.config.keep_versions, in_use))
+        except (StateError, OSError, sqlite3.Error) as error:
+            log.error("old versions of blocks are kept: %s", error)
 
     def _next(self, name: str, result: BlockResult) -> NewVersion | None:
         if result.delta is None or len(result.update_ids) < self._num_needed(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from petalfl import wire
 from petalfl.vectors import to_bytes
 from server.config import PerBlock
+from server.state import StateError
 from tests.server.builders import ENROLLED, INITIAL, SIZES, Run, Site, make_id, make_report, settle
 from tests.server.builders import make_update as any_update
 from tests.server.test_federation import HELD, Clock
@@ -130,6 +132,27 @@ async def test_a_round_is_a_step_of_the_fastest_block(
         assert (late.status, late.reason) == ("rejected", "no round is open")
     lines = [r.getMessage() for r in caplog.records if "closed" in r.getMessage()]
     assert [line.partition(":")[0] for line in lines] == ["round 1 closed", "round 2 closed"]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_old_versions_that_cannot_be_deleted_stop_nothing(
+    site: Site, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step that they are deleted after is committed already, and it may close a round."""
+    with site.run(ready=["watch"], **{**ASYNC, "mode": mode, "buffer_size": PerBlock(1)}) as run:
+        errors = iter([sqlite3.OperationalError("disk is full"), OSError("busy"), StateError("-")])
+
+        def fail(keep: int) -> None:
+            raise next(errors)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.state, "prune_versions", fail)
+            for round_num in (1, 2, 3):
+                await run.finish_round(round_num, 1.0, "watch")
+        assert run.state.last_closed_round() == 3 and run.federation.round_num == 4
+        assert caplog.text.count("old versions of blocks are kept") == 3
+        await run.finish_round(4, 1.0, "watch")
+        assert run.federation.shared.versions["head"] == 5
 
 
 async def test_a_device_that_is_back_gets_its_open_task_again(site: Site) -> None:
