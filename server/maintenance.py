@@ -212,6 +212,7 @@ def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
     found.is_round_open = num_open > 0
     (found.devices,) = db.execute("SELECT COUNT(*) FROM devices").fetchone()
     (found.updates,) = db.execute("SELECT COUNT(*) FROM updates").fetchone()
+    blocks = _newest_versions(db)  # before what is kept: a running server goes on
     for block, version, sha256 in _kept_versions(db):
         of = found.versions.setdefault(block, {"newest": 0, "num_files": 0})
         of["newest"] = max(of["newest"], version)
@@ -221,6 +222,8 @@ def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
         except StateError as error:
             if version >= _oldest_version(db, block):  # else a running server has dropped it
                 found.damages.append(str(error))
+    lost = blocks.keys() - found.versions.keys()
+    found.damages += [f"no version of the block {block} is kept" for block in sorted(lost)]
     waiting = db.execute(_WAITING).fetchall()
     found.journal = {
         "num_waiting": len(waiting),
@@ -243,6 +246,10 @@ def _kept_versions(db: sqlite3.Connection) -> list[tuple[str, int, str]]:
         "WHERE version >= COALESCE(CAST(value AS INTEGER), 1) ORDER BY block, version",
         (OLDEST,),
     ).fetchall()
+
+
+def _newest_versions(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT block, MAX(version) FROM versions GROUP BY block"))
 
 
 def _oldest_version(db: sqlite3.Connection, block: str) -> int:
@@ -274,12 +281,13 @@ def _copy(folder: Path, target: Path) -> None:
     with _reading(folder) as source, closing(sqlite3.connect(target / DATABASE)) as db:
         (target / DATABASE).chmod(0o600)
         source.backup(db)
+        newest = _newest_versions(db)
         for block, version, sha256 in reversed(_kept_versions(db)):  # the newest first
             try:
                 _copy_version(folder, target, block, version, sha256)
             except StateError:
-                if version >= _oldest_version(source, block):
-                    raise
+                if version == newest[block] or version >= _oldest_version(source, block):
+                    raise  # without it, a server could not go on
                 row = (OLDEST + block, str(max(version + 1, _oldest_version(db, block))))
                 db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
                 db.commit()

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,17 @@ import pytest
 from server import __main__ as cli
 from server.config import PerBlock
 from server.journal import Journal
-from server.maintenance import MaintenanceError, backup, inspect, restore
-from server.state import ServerState
-from server.versions import version_path
-from tests.server.builders import SIZES, Site, make_update
+from server.maintenance import (
+    ATTEMPTS,
+    MaintenanceError,
+    _copy_version,
+    backup,
+    inspect,
+    restore,
+)
+from server.state import NewVersion, ServerState
+from server.versions import OLDEST, version_path
+from tests.server.builders import LAYOUT, SIZES, Site, make_block, make_update
 
 
 @pytest.fixture
@@ -103,6 +111,47 @@ async def test_backups_of_a_running_server_are_whole(
         assert {of["newest"] for of in found.versions.values()} == {found.rounds_closed + 1}
         closed.append(found.rounds_closed)
     assert closed == sorted(closed) and closed[-1] > closed[0]
+
+
+@pytest.mark.parametrize("num_steps", [1, ATTEMPTS])
+def test_a_backup_has_the_newest_version_of_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    """While a server that keeps one version of each steps, and the copy comes too late."""
+    head, _ = make_block("head", *LAYOUT["head"])
+    state = ServerState(tmp_path / "data")
+    state.add_initial_version(head, np.zeros(8, np.float32))
+    copied: list[int] = []
+
+    def step_first(*of: Any) -> None:
+        copied.append(of[3])
+        if len(copied) <= num_steps:
+            state.step(1, [NewVersion(head, of[3] + 1, np.ones(8, np.float32), {})], {}, None)
+            state.prune_versions(1)
+        _copy_version(*of)
+
+    monkeypatch.setattr("server.maintenance._copy_version", step_first)
+    try:
+        if num_steps == ATTEMPTS:
+            with pytest.raises(MaintenanceError, match="cannot back up"):
+                backup(tmp_path / "data", tmp_path / "backup")
+        else:
+            backup(tmp_path / "data", tmp_path / "backup")
+            [found] = inspect(tmp_path / "backup")
+            assert found.versions == {"head": {"newest": 2, "num_files": 1}}
+            assert found.damages == []
+    finally:
+        state.close()
+    assert copied == list(range(1, num_steps + (num_steps < ATTEMPTS) + 1))
+
+
+def test_a_block_without_a_version_is_damage(tmp_path: Path) -> None:
+    head, _ = make_block("head", *LAYOUT["head"])
+    state = ServerState(tmp_path / "data")
+    state.add_initial_version(head, np.zeros(8, np.float32))
+    state.replace_setting(OLDEST + "head", "2")
+    state.close()
+    assert inspect(tmp_path / "data")[0].damages == ["no version of the block head is kept"]
 
 
 async def test_old_versions_make_way(tmp_path: Path) -> None:
