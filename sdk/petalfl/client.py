@@ -26,6 +26,7 @@ from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
 from petalfl.engine import Arrays
 from petalfl.errors import PetalError, StoreError, TransportError, WireError
+from petalfl.http import NotThereError
 from petalfl.inbox import Inbox
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
@@ -116,7 +117,7 @@ class EdgeClient:
             raise
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
-        self._versions: dict[str, int] = {}
+        self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
         self._is_stopping = threading.Event()  # for the training thread
         self._stopped: asyncio.Event | None = None  # for the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -229,7 +230,11 @@ class EdgeClient:
             manifest, self._store.artifacts, held, self._num_threads, self._engine
         )
         shared = self._store.read_shared()
-        self._versions = dict(shared.versions)
+        self._pointers = {
+            name: wire.BlockVersion(version, hashlib.sha256(shared.vectors[name]).hexdigest())
+            for name, version in shared.versions.items()
+            if name in shared.vectors
+        }
         parameters = {}
         for block in held:
             data = None if block.is_frozen else self._trained(block, shared)
@@ -248,15 +253,17 @@ class EdgeClient:
     async def _take_part(self, session: Session, inputs: Arrays, labels: Arrays) -> None:
         inbox = Inbox()
         tasks = tuple(sorted(labels))
-        transport = await self._connect(
-            session, lambda: _in_background(self._announce(transport, tasks))
-        )
+
+        def announce() -> None:
+            _in_background(self._announce(transport, tasks))
+
+        transport = await self._connect(session, announce)
         uplink = Uplink(transport, self._federation, self.device)
         handler = functools.partial(_receive, inbox, uplink)
         try:
             await transport.subscribe(topics.all_down(self._federation, self.device), handler)
             await self._announce(transport, tasks)
-            worker = asyncio.create_task(self._work(inbox, uplink, inputs, labels))
+            worker = asyncio.create_task(self._work(inbox, uplink, inputs, labels, announce))
             await self._until_stopped(worker)
         finally:  # however it ends: no later round waits for this device
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
@@ -305,22 +312,36 @@ class EdgeClient:
             with contextlib.suppress(asyncio.CancelledError, PetalError, _Stopped):
                 await worker
 
-    async def _work(self, inbox: Inbox, uplink: Uplink, inputs: Arrays, labels: Arrays) -> None:
+    async def _work(
+        self,
+        inbox: Inbox,
+        uplink: Uplink,
+        inputs: Arrays,
+        labels: Arrays,
+        announce: Callable[[], None],
+    ) -> None:
+        doubted = 0  # a round long trained, of which the server was asked whether it means it
         while True:
             task = await inbox.get()
             self._check_blocks(task)
             if isinstance(task, wire.Finish):
-                await self._fetch_patiently(task)
-                await self._keep_outbox(())  # nothing counts any longer
-                return
-            if task.round_num < self._state.round_num:
-                log.warning("ignored a task of round %d, long trained", task.round_num)
+                if await self._fetch_patiently(task, inbox, announce):
+                    await self._keep_outbox(())  # nothing counts any longer
+                    return
                 continue
-            if task.round_num > self._state.round_num:
-                await self._fetch_patiently(task)
+            if task.round_num > self._state.round_num or task.round_num == doubted:
+                doubted = 0
+                if not await self._fetch_patiently(task, inbox, announce):
+                    continue
                 await self._call(self._train_round, task, inputs, labels)
             await inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
 
+            elif task.round_num < self._state.round_num or not self._state.outbox:
+                # A replay; or the server has gone back to a backup, and then it says it again.
+                log.warning("ignored a task of round %d, long trained", task.round_num)
+                doubted = task.round_num
+                announce()
+                continue
     def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
         model = self._current_model()
         shareable = {b.name for b in model.held if self._is_shared(b)}
@@ -333,30 +354,42 @@ class EdgeClient:
                 f"it shares {sorted(shareable)}"
             )
 
-    async def _fetch_patiently(self, task: wire.Task | wire.Finish) -> None:
+    async def _fetch_patiently(
+        self, task: wire.Task | wire.Finish, inbox: Inbox, announce: Callable[[], None]
+    ) -> bool:
+        """Whether the blocks are here; if not, the server has said something else meanwhile."""
         for delay_s in delays(*BACKOFF_S):
             try:
                 await self._call(self._fetch_blocks, task.blocks)
                 break
             except TransportError as error:  # the server may be on its way back
                 log.warning("no blocks yet (%s): trying again", error)
-                await asyncio.sleep(delay_s)
+            except NotThereError as error:  # the server has gone on, or back
+                log.warning("no blocks (%s): asking for another task", error)
+                announce()
+            if await inbox.has_other_than(task, delay_s):
+                return False
+        return True
 
     def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
-        """Downloads the shared blocks whose version is not here, and keeps them."""
+        """Downloads the shared blocks whose version is not here, and keeps them.
+
+        Of two versions with one number, the server's backup has been restored in between.
+        """
         model = self._current_model()
         fetched = {
             name: self._downlink.fetch_block(model.manifest.block(name), pointer)
             for name, pointer in wanted.items()
-            if self._versions.get(name) != pointer.version
+            if self._pointers.get(name) != pointer
         }
         base = self._store.read_shared()
         stored = {n: _stored_vector(model.manifest.block(n), v) for n, v in base.vectors.items()}
         self._replace_parameters(stored | fetched)
-        self._versions |= {name: wanted[name].version for name in fetched}
+        self._pointers |= {name: wanted[name] for name in fetched}
         if fetched:
             vectors = base.vectors | {name: to_bytes(vector) for name, vector in fetched.items()}
-            self._store.write_shared(Shared(self._versions, vectors))
+            versions = {name: pointer.version for name, pointer in self._pointers.items()}
+            self._store.write_shared(Shared(versions, vectors))
 
     def _train_round(self, task: wire.Task, inputs: Arrays, labels: Arrays) -> None:
         """Trains one round and writes private blocks and outbox in one atomic step."""

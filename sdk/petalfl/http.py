@@ -16,6 +16,10 @@ TIMEOUT_S = 30.0
 MAX_JSON_BYTES = 1 << 20
 
 
+class NotThereError(TransportError):
+    """The server answers, and has nothing there (404)."""
+
+
 class HttpClient:
     """Talks to one server. Its methods block: call them on a thread.
 
@@ -59,6 +63,7 @@ class HttpClient:
 
         Raises:
             EnrollError: The server does not accept the token or credential (401, 403, 409).
+            NotThereError: It has nothing there.
             TransportError: It cannot be reached, fails, or sends more than ``max_bytes``.
         """
         return self._request(path, None, max_bytes)
@@ -72,8 +77,7 @@ class HttpClient:
                 num_missing = response.length or 0
         except urllib.error.HTTPError as error:
             reason = _read_reason(error)
-            refused = error.code in (400, 401, 403, 409)
-            kind = EnrollError if refused else TransportError
+            kind = _ERRORS.get(error.code, TransportError)
             raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
@@ -83,6 +87,12 @@ class HttpClient:
         if num_missing:
             raise TransportError(f"{self._url}{path} hung up with {num_missing} bytes to go")
         return data
+
+
+_ERRORS: dict[int, type[EnrollError | TransportError]] = {
+    **dict.fromkeys((400, 401, 403, 409), EnrollError),
+    404: NotThereError,
+}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -31,6 +31,14 @@ class Inbox:
         message, self._message = self._message, None
         return message
 
+    async def has_other_than(self, message: Task | Finish, timeout_s: float) -> bool:
+        """Waits, at most so long, until there is another message than this one."""
+        try:
+            await asyncio.wait_for(self._until_other_than(message), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
     async def unless_over(self, round_num: int, work: Coroutine[Any, Any, T]) -> T | None:
         """Does some work for a round; None, and it is given up, once that round is over."""
         doing, over = asyncio.create_task(work), asyncio.create_task(self._until_over(round_num))
@@ -41,6 +49,10 @@ class Inbox:
             for task in (doing, over):
                 task.cancel()
             await asyncio.gather(doing, over, return_exceptions=True)
+
+    async def _until_other_than(self, message: Task | Finish) -> None:
+        while self._message in (None, message):
+            await self._arrival.wait()
 
     async def _until_over(self, round_num: int) -> None:
         while self._message is None or (

@@ -339,8 +339,14 @@ def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -
         client._make_update(run.manifest.block("encoder-acc"), task, result, vector, RNG)
 
 
-def meet_server(client: EdgeClient, monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> None:
-    """Runs a client whose `Ready` is answered so; it may publish that and its status alone."""
+def meet_server(
+    client: EdgeClient, monkeypatch: pytest.MonkeyPatch, *answers: bytes, then: bytes = b""
+) -> None:
+    """Runs a client whose `Ready` is answered so, and its next one with ``then``.
+
+    It may publish that and its status alone.
+    """
+    replies = iter([answers, (then,)])
 
     async def scenario() -> None:
         broker = MemoryBroker()
@@ -352,7 +358,7 @@ def meet_server(client: EdgeClient, monkeypatch: pytest.MonkeyPatch, *answers: b
                 return
             seen.append(wire.decode(payload))
             if isinstance(seen[-1], wire.Ready):
-                for message in answers:
+                for message in next(replies):
                     broker._publish(topics.tasks("default", client.device), message, retain=False)
 
         await server.subscribe("#", answer)
@@ -406,7 +412,7 @@ def test_old_tasks_and_nonsense_are_ignored(
     spy_on(monkeypatch, record)
     replay = wire.Task(1, 0, hyperparameters(), 0, {})
     messages = (b"nonsense", wire.encode(wire.Ready(("acc",), ("head",))), wire.encode(replay))
-    meet_server(acc_only, monkeypatch, *messages, wire.encode(wire.Finish({})))
+    meet_server(acc_only, monkeypatch, *messages, then=wire.encode(wire.Finish({})))
     assert record.trained == []
     assert acc_only._state.round_num == 2
     assert "ignored a malformed message on fl/v1/default/down/acc-only/task" in caplog.text

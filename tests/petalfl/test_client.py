@@ -28,9 +28,10 @@ from petalfl import (
     wire,
 )
 from petalfl.downlink import Downlink, Session
-from petalfl.http import HttpClient
-from petalfl.store import DeviceStore, Outgoing
-from petalfl.training import TrainingResult
+from petalfl.http import HttpClient, NotThereError
+from petalfl.inbox import Inbox
+from petalfl.store import DeviceStore, Outgoing, State
+from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.uplink import Uplink
 from tests.integration.harness import Server, running_server
 
@@ -488,6 +489,110 @@ def test_a_download_that_fails_is_tried_again(
     client.run()
     assert client._state.round_num == 3
     assert len(calls) == 2 * 4
+
+
+def test_of_a_version_with_another_digest_the_new_one_is_fetched(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restore the server makes its versions anew: the number alone says nothing."""
+    with make(busy, "d") as client:
+        client.run()
+    again = make(busy, "d")
+    again.predict({"a": A})
+    known = dict(again._pointers)
+    fetched: list[wire.BlockVersion] = []
+
+    def fetch_block(self: Downlink, block: Any, pointer: wire.BlockVersion) -> Any:
+        fetched.append(pointer)
+        return np.zeros(block.size, np.float32)
+
+    monkeypatch.setattr(Downlink, "fetch_block", fetch_block)
+    again._fetch_blocks(known)
+    assert fetched == []
+    other = wire.BlockVersion(known["encoder-a"].version, "0" * 64)
+    again._fetch_blocks(known | {"encoder-a": other})
+    assert fetched == [other]
+    assert again._pointers == known | {"encoder-a": other}
+
+
+def numbered_task(round_num: int) -> wire.Task:
+    return wire.Task(round_num, 0, Hyperparameters(0.1), 0, {"head": version(round_num)})
+
+
+def version(number: int) -> wire.BlockVersion:
+    return wire.BlockVersion(number, f"{number:064x}")
+
+
+class Hearing(EdgeClient):
+    """A client that trains nothing, of a server that has no version but those in ``served``."""
+
+    def __init__(self, round_num: int, served: set[int]) -> None:
+        self._state = State(round_num)
+        self._executor = None
+        self.served = served
+        self.tried: list[int] = []
+        self.trained: list[int] = []
+
+    async def hear(self, *messages: wire.Task, answer: wire.Task | None = None) -> None:
+        """Messages that come one after another; announced anew, the server may answer."""
+        inbox = Inbox()
+
+        def announce() -> None:
+            if answer is not None:
+                inbox.put(answer)
+
+        worker = asyncio.create_task(self._work(inbox, None, {}, {}, announce))  # type: ignore[arg-type]
+        for message in messages:
+            inbox.put(message)
+            await asyncio.sleep(0.1)
+        assert not worker.done()
+        worker.cancel()
+        await asyncio.gather(worker, return_exceptions=True)
+
+    def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
+        pass
+
+    def _fetch_blocks(self, wanted: Any) -> None:
+        self.tried.append(wanted["head"].version)
+        if self.tried[-1] not in self.served:
+            raise NotThereError("404")
+
+    def _train_round(self, task: wire.Task, inputs: Any, labels: Any) -> None:
+        self.trained.append(task.round_num)
+        self._state = State(task.round_num)
+
+    async def _deliver_outbox(self, uplink: Uplink) -> None:
+        pass
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+
+
+async def test_a_version_that_is_gone_is_given_up(no_backoff: None) -> None:
+    client = Hearing(0, served={2})
+    await client.hear(numbered_task(1), numbered_task(2))
+    assert client.trained == [2]
+    asking = Hearing(0, served={2})
+    await asking.hear(numbered_task(1), answer=numbered_task(2))
+    assert (asking.tried, asking.trained) == ([1, 2], [2])
+
+
+async def test_a_version_that_is_gone_is_not_asked_for_without_end() -> None:
+    client = Hearing(0, served=set())
+    await client.hear(*map(numbered_task, [1, 1, 1]), answer=numbered_task(1))
+    assert client.tried in ([1], [1, 1])
+
+
+async def test_a_server_that_went_back_is_followed() -> None:
+    """It says again what the device has long trained; a replay nobody says again."""
+    client = Hearing(8, served={3, 4, 9})
+    await client.hear(*map(numbered_task, [3, 4]), answer=numbered_task(3))
+    assert client.trained == [3, 4]
+    other = Hearing(8, served={3, 4, 9})
+    await other.hear(numbered_task(3), answer=numbered_task(9))
+    assert other.trained == [9]
 
 
 def test_a_round_that_came_to_nothing_is_taken_back(
