@@ -82,8 +82,15 @@ async def serve(
             federations[name] = Federation(model.config, model.manifest, states[name])
         names = list(models)
         broker = await _open_broker(effective, names, states[names[0]], stack)
+        gateways: list[Gateway] = []
+
+        def greet() -> None:  # a broker that was started again may have forgotten everything
+            for gateway in gateways:
+                gateway.publish_versions()
+
+        client_id = f"{names[0]}-server-{secrets.token_hex(8)}"  # whoever knew it could take over
         transport = mqtt.MqttTransport(
-            broker.endpoint, login=broker.server_login, client_id=f"{names[0]}-server"
+            broker.endpoint, login=broker.server_login, client_id=client_id, on_connect=greet
         )
         await transport.connect()
         stack.push_async_callback(transport.close)
@@ -93,6 +100,7 @@ async def serve(
             cut_off = functools.partial(_cut_off, broker)
             gateway = Gateway(transport, name, model.manifest, federation, cut_off=cut_off)
             await gateway.open()
+            gateways.append(gateway)
             stack.push_async_callback(gateway.close)
             stack.callback(federation.close)
             token = effective.federations[name]["token"].value

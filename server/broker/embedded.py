@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import logging
 import os
 import secrets
 import sys
@@ -14,15 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from petalfl.backoff import delays
 from petalfl.mqtt import Endpoint
 
 from .broker import BrokerError
 from .credentials import Credential, load_credentials, make_credential, save_credentials
 from .grants import topic_level
 
+log = logging.getLogger("petalfl.broker")
+
 HOST = "127.0.0.1"
 SERVER_NAME = "$server"  # no device can have this name: see `topic_level`
 ANSWER_TIMEOUT_S = 20.0
+BACKOFF_S = (0.5, 30.0)  # between the attempts to start a child again
 _CHILD_MODULE = f"{__package__}._amqtt_child"
 
 
@@ -30,6 +36,7 @@ class EmbeddedBroker:
     """amqtt on the loopback interface, as a child that cannot outlive this process.
 
     Its traffic costs this process nothing but a socket: a burst cannot stall the server's loop.
+    A child that dies is started again on the same port, with the logins that there are.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class EmbeddedBroker:
         self._path = data_dir / "broker" / "credentials.json"
         self._credentials: dict[str, Credential] = {}
         self._child: Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         self._numbers = itertools.count()
 
@@ -50,13 +58,8 @@ class EmbeddedBroker:
             raise ValueError("the embedded broker is already started; close it first")
         self._credentials = load_credentials(self._path)
         self.server_login = (SERVER_NAME, secrets.token_urlsafe(32))
-        self._child = await _spawn()
-        try:
-            answer = await self._ask(start=self._settings())
-        except BaseException:
-            await self.close()
-            raise
-        self.endpoint = Endpoint(HOST, answer["port"])
+        await self._start_child()
+        self._keeper = asyncio.create_task(self._keep_running())
 
     async def grant(self, device: str, password: str, federation: str = "") -> None:
         """Create or replace a device's login."""
@@ -75,6 +78,37 @@ class EmbeddedBroker:
 
     async def close(self) -> None:
         """End the child, if there is one."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        await self._end_child()
+
+    async def _keep_running(self) -> None:
+        while self._child is not None:
+            code = await self._child.wait()
+            log.error("the embedded broker ended with code %s: starting it again", code)
+            for delay_s in delays(*BACKOFF_S):
+                await asyncio.sleep(delay_s)
+                try:
+                    async with self._lock:
+                        await self._start_child()
+                    break
+                except BrokerError as error:
+                    log.error("%s", error)
+            log.warning("the embedded broker listens on port %d again", self.endpoint.port)
+
+    async def _start_child(self) -> None:
+        self._child = await _spawn()
+        try:
+            answer = await self._ask(start=self._settings())
+        except BaseException:
+            await self._end_child()
+            raise
+        self.endpoint = Endpoint(HOST, answer["port"])
+
+    async def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -314,6 +315,27 @@ async def test_child_ignores_ctrl_c_and_reports_its_death(tmp_path: Path) -> Non
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(BrokerError, match="ended with code -9"):
             await broker.grant("dev-1", "pw")
+
+
+async def test_a_child_that_dies_is_started_again(
+    tmp_path: Path, broker_peer: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.broker.embedded.BACKOFF_S", (0.01, 0.1))
+    async with running(embedded(tmp_path)) as broker:
+        await broker.grant("dev-1", "pw-1")
+        endpoint, login = broker.endpoint, broker.server_login
+        for _ in range(2):
+            pid = broker._child.pid  # type: ignore[attr-defined]
+            os.kill(pid, signal.SIGKILL)
+            while is_alive(pid) or not is_listening(endpoint.port):
+                await asyncio.sleep(0.02)
+            await broker.grant("dev-2", "pw-2")
+            for name in ("dev-1", "dev-2"):
+                password = name.replace("dev", "pw")
+                assert broker_peer(endpoint, (name, password)).is_connected
+            assert broker_peer(endpoint, login).is_connected
+        assert (broker.endpoint, broker.server_login) == (endpoint, login)
+    assert not is_listening(endpoint.port)
 
 
 PARENT = """
