@@ -49,6 +49,10 @@ class Conduct:
             return Standing.GOOD
         return Standing.THROTTLED if wasted <= 4 * self._tolerated else Standing.CUT_OFF
 
+    def forgiven_in_s(self, device: str) -> float:
+        """Until a device is in good standing, should it send nothing more in vain."""
+        return max(0.0, self._wasted_bytes(device) - self._tolerated) / FORGIVEN_BYTES_PER_S
+
     def note(self, device: str, num_bytes: int, at_least: int = MESSAGE_BYTES) -> None:
         """A message was sent in vain."""
         wasted = self._wasted_bytes(device) + max(num_bytes, at_least)

@@ -8,11 +8,12 @@ federation to judge.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Protocol
 
@@ -29,6 +30,8 @@ log = logging.getLogger("petalfl.server.gateway")
 
 MAX_TRANSFER_BYTES = 64 << 20  # of all unfinished updates; or four of the longest block
 TOLERATED_BYTES = 16 << 20  # sent in vain by one device; and four of the longest block
+MAX_STATUS_BYTES = 64  # a longer one is none, and need not be read
+NUM_ACCEPTED = 64  # remembered by device, to know what it repeats
 
 
 class Judge(Protocol):
@@ -39,6 +42,9 @@ class Judge(Protocol):
 
     def on_offline(self, device: str) -> None:
         """A device has left or was lost."""
+
+    def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
+        """An update is announced; a rejection where it need not come at all."""
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """A whole, well-formed update; the receipt goes back to its device after a `commit`."""
@@ -84,8 +90,12 @@ class Gateway:
         self._conduct = Conduct(TOLERATED_BYTES + 4 * longest, now_s)
         self._cut_off = cut_off
         self._now_s = now_s
-        self._malformed: dict[str, str] = {}  # by device, why one since its last Fin was
+        self._malformed: dict[str, str] = {}  # by device, why one since its last Fin was refused
         self._has_left: set[str] = set()
+        self._unheard: dict[str, wire.Ready] = {}  # of devices that are throttled
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # until they are forgiven
+        self._accepted: dict[str, deque[bytes]] = {}  # by device, ids of updates and reports
+        self._versions: dict[str, wire.BlockVersion] = {}  # as published
         self._is_cut_off: set[str] = set()
         # Receipts wait until they are true after a crash, too; tasks for the receipts before them.
         self._held: list[tuple[str, wire.Receipt | wire.Task | wire.Finish]] = []
@@ -104,6 +114,8 @@ class Gateway:
         The transport stays open: it may be that of other federations, too.
         """
         self._is_closed = True
+        for timer in self._timers.values():
+            timer.cancel()
         if self._committing is not None:
             await asyncio.wait((self._committing,), timeout=5)
         if self._sending:
@@ -118,13 +130,20 @@ class Gateway:
 
     def publish_version(self, block: str, version: wire.BlockVersion) -> None:
         """Publishes the retained pointer to a block's newest version, in the background."""
+        self._versions[block] = version
         topic = topics.block_meta(self._federation, block)
         self._send(self._transport.publish(topic, wire.encode(version), retain=True))
 
+    def publish_versions(self) -> None:
+        """Publishes all pointers again, for a broker that has lost what it retained."""
+        for block, version in self._versions.items():
+            self.publish_version(block, version)
+
     def _receive(self, topic: str, payload: bytes) -> None:
         kind, block, device = _split(topic)
-        if self._is_closed or self._drops(device, len(payload)):
-            return
+        is_status = kind == "status" and len(payload) <= MAX_STATUS_BYTES
+        if self._is_closed or (self._drops(device, kind, payload) and not is_status):
+            return  # a last will counts, whoever was lost
         try:
             if not re.fullmatch(NAME_REGEX, device):  # a broker of ours lets no such login in
                 raise WireError("the topic names no device")
@@ -132,15 +151,21 @@ class Gateway:
             if kind == "up":
                 self._receive_up(device, block, message, len(payload))
             elif kind == "req" and isinstance(message, wire.Ready):
+                self._conduct.note(device, len(payload))  # it says so seldom
                 if device not in self._has_left:  # retained by a device that is gone
                     self._judge.on_ready(device, message)
             elif kind == "req" and isinstance(message, wire.Report):
-                self._answer(device, self._judge.on_report(device, message))
+                receipt = self._judge.on_report(device, message)
+                if receipt.status == "rejected":
+                    self._conduct.note(device, len(payload))
+                self._answer(device, receipt)
             elif kind == "status" and isinstance(message, wire.Status):
+                self._conduct.note(device, len(payload))
                 if message.is_online:
                     self._has_left.discard(device)
                 else:
                     self._has_left.add(device)
+                    self._unheard.pop(device, None)
                     self._judge.on_offline(device)
             else:
                 raise WireError(f"a {type(message).__name__} does not belong on this topic")
@@ -154,17 +179,47 @@ class Gateway:
             self.refused["not stored"] += 1
             log.error("cannot keep what %s sent: %s", device, error)
 
-    def _drops(self, device: str, num_bytes: int) -> bool:
+    def _drops(self, device: str, kind: str, payload: bytes) -> bool:
         standing = self._conduct.standing(device)
         if standing is Standing.GOOD:
             return False
         self.refused[standing.value] += 1
-        self._conduct.note(device, num_bytes)
+        self._conduct.note(device, len(payload))
+        if standing is Standing.THROTTLED and kind == "req":
+            self._keep_ready(device, payload)
         if standing is Standing.CUT_OFF and device not in self._is_cut_off:
             self._is_cut_off.add(device)
+            self._unheard.pop(device, None)
             log.error("device %s sends in vain without end: cut off", device)
+            self._judge.on_offline(device)
             self._cut_off(device)
         return True
+
+    def _keep_ready(self, device: str, payload: bytes) -> None:
+        """It is said once and counts until the device leaves: heard when that is forgiven."""
+        with contextlib.suppress(WireError):
+            message = wire.decode(payload)
+            if isinstance(message, wire.Ready):
+                self._unheard[device] = message
+                if device not in self._timers:
+                    self._hear_later(device)
+
+    def _hear_later(self, device: str) -> None:
+        delay_s = self._conduct.forgiven_in_s(device)
+        self._timers[device] = asyncio.get_running_loop().call_later(
+            delay_s, self._hear_again, device
+        )
+
+    def _hear_again(self, device: str) -> None:
+        del self._timers[device]
+        if device not in self._unheard:
+            return
+        if self._conduct.standing(device) is not Standing.GOOD:
+            self._hear_later(device)
+            return
+        ready = self._unheard.pop(device)
+        if device not in self._has_left:
+            self._judge.on_ready(device, ready)
 
     def _receive_up(self, device: str, block: str, message: wire.Message, num_bytes: int) -> None:
         self._judge.on_bytes_up(device, block, num_bytes)
@@ -183,26 +238,30 @@ class Gateway:
         if block not in self._blocks or manifest.block != block:
             raise WireError(f"block {manifest.block!r} announced on the topic of {block!r}")
         wire.check_announced(manifest, self._blocks[block])
-        self.transfers.announce(device, manifest)
+        if receipt := self._judge.on_manifest(device, manifest):
+            self.refused["update"] += 1
+            self._conduct.note(device, MALFORMED_BYTES)
+            self._malformed[device] = receipt.reason  # the answer to its Fin, which comes next
+            return
+        if not self.transfers.announce(device, manifest):
+            self._conduct.note(device, 0)
         self._ask_waiting()
 
     def _add_chunk(self, device: str, chunk: wire.Chunk) -> None:
         transfer = self.transfers.get(device, chunk.update_id)
-        if transfer is not None:
-            is_new = transfer.add(chunk, self._now_s())
-        else:  # waiting for room; or unknown after a restart, when the Fin will be answered
-            is_new = self.transfers.is_waiting(device, chunk.update_id)
-        if not is_new:
+        # Without one: it waits for room, or is unknown after a restart; its Fin will be answered.
+        if transfer is None or not transfer.add(chunk, self._now_s()):
             self._conduct.note(device, len(chunk.data))
 
     def _finish(self, device: str, update_id: bytes) -> wire.Receipt | None:
         """The answer to a Fin; None where it must wait for its turn."""
         malformed = self._malformed.pop(device, "")
         transfer = self.transfers.get(device, update_id)
+        if transfer is None or transfer.missing:
+            self._conduct.note(device, 0)
         if transfer is None:
             if self.transfers.is_waiting(device, update_id):
                 return None
-            self._conduct.note(device, 0)
             if malformed:  # what was to announce it: to ask for it again would go on forever
                 return wire.Receipt(update_id, "rejected", malformed)
             return wire.Receipt(update_id, "missing")
@@ -238,6 +297,11 @@ class Gateway:
         if receipt.status != "accepted":
             self._publish(device, receipt)
             return
+        accepted = self._accepted.setdefault(device, deque(maxlen=NUM_ACCEPTED))
+        if receipt.update_id in accepted:
+            self._conduct.note(device, 0)
+        else:
+            accepted.append(receipt.update_id)
         self._held.append((device, receipt))
         if not self._is_committing:
             self._committing = asyncio.create_task(self._commit())

@@ -249,6 +249,9 @@ class FakeJudge:
     def on_offline(self, device: str) -> None:
         self.offline.append(device)
 
+    def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
+        return None
+
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         if self.verdict:
             return wire.Receipt(update.update_id, "rejected", self.verdict)

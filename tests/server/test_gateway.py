@@ -519,6 +519,19 @@ async def test_tasks_go_to_one_device_and_versions_to_all(gate: Gate) -> None:
     assert [wire.decode(data) for data in late] == [version]
 
 
+async def test_a_broker_that_has_forgotten_the_versions_is_told_again(gate: Gate) -> None:
+    for version in (3, 4):
+        gate.gateway.publish_version("head", wire.BlockVersion(version, "0" * 64))
+    await settle()
+    heard: list[wire.Message] = []
+    meta, client = topics.block_meta(FED, "head"), gate.broker.connect()
+    await client.subscribe(meta, lambda topic, data: heard.append(wire.decode(data)))
+    await settle()
+    gate.gateway.publish_versions()
+    await settle()
+    assert heard == [wire.BlockVersion(4, "0" * 64)] * 2
+
+
 async def test_a_receipt_that_cannot_be_sent_is_logged_and_no_more(
     gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
@@ -195,6 +196,97 @@ async def test_a_flood_is_dropped_unread_and_then_cut_off(victim: Victim, kind: 
     assert victim.gateway.transfers.num_bytes == 0
     assert victim.snapshot() == before
     honest_update_counts(victim)
+
+
+READY = wire.Ready(("acc",), ("head",))
+WELL_FORMED: dict[str, tuple[str, wire.Message]] = {
+    "ready": (f"req/{MEMBER}", READY),
+    "late reports": (f"req/{MEMBER}", make_report(MEMBER, round_num=99)),
+    "one report again": (f"req/{MEMBER}", make_report(MEMBER)),
+    "status": (f"dev/{MEMBER}/status", wire.Status(True)),
+    "one manifest again": (UP, BEGIN),
+    "late manifests": (UP, replace(MANIFEST, round_num=99)),
+    "a Fin too early": (UP, FIN),
+}
+
+
+@pytest.mark.parametrize("kind", WELL_FORMED)
+async def test_a_well_formed_flood_is_throttled(victim: Victim, kind: str) -> None:
+    victim.receive(UP, BEGIN)
+    topic, message = WELL_FORMED[kind]
+    for _ in range(6000):
+        victim.receive(topic, message, after_s=0.0001)
+    assert victim.gateway.refused["throttled"] > 0
+    honest_update_counts(victim)
+
+
+async def test_chunks_of_an_update_that_waits_are_in_vain(victim: Victim) -> None:
+    victim.gateway.transfers.num_bytes = 64 << 20  # as if others had all the room
+    victim.receive(UP, BEGIN)
+    assert victim.gateway.transfers.is_waiting(MEMBER, UPDATE.update_id)
+    for _ in range(500):
+        victim.receive(UP, wire.Chunk(UPDATE.update_id, 0, bytes(wire.CHUNK_BYTES)), after_s=0)
+    assert victim.gateway.refused["throttled"] > 0
+
+
+async def test_a_bad_line_is_no_flood(victim: Victim) -> None:
+    """A device that connects again and again, and sends everything three times."""
+    for _ in range(200):
+        victim.receive(f"dev/{MEMBER}/status", wire.Status(False), after_s=0.01)
+        victim.receive(f"dev/{MEMBER}/status", wire.Status(True), after_s=0.01)
+        for message in (BEGIN, FIN, BEGIN, CHUNK, CHUNK, FIN):
+            victim.receive(UP, message, after_s=0)
+        victim.receive(f"req/{MEMBER}", READY, after_s=0)
+        victim.receive(f"req/{MEMBER}", make_report(MEMBER), after_s=0)
+    assert victim.gateway.refused["throttled"] == 0
+
+
+async def test_what_would_not_count_is_refused_before_it_is_sent(victim: Victim) -> None:
+    for manifest in (replace(MANIFEST, round_num=99), replace(MANIFEST, block="fusion")):
+        up = f"blocks/{manifest.block}/up/{STRANGER}"
+        victim.receive(up, replace(manifest, num_bytes=4 * SIZES[manifest.block]))
+        assert len(victim.gateway.transfers) == 0
+        victim.receive(up, FIN)
+        [receipt] = await victim.receipts()
+        assert receipt.status == "rejected" and receipt.update_id == UPDATE.update_id
+
+
+# Who is throttled or cut off, and the rounds to come
+
+
+def flood(victim: Victim, device: str, until: str) -> None:
+    while not victim.gateway.refused[until]:
+        victim.receive(f"req/{device}", b"garbage", after_s=0)
+
+
+async def test_the_last_will_of_a_throttled_device_counts(victim: Victim) -> None:
+    flood(victim, MEMBER, "throttled")
+    victim.receive(f"dev/{MEMBER}/status", wire.Status(False), after_s=0)
+    assert victim.gateway.refused["throttled"] == 2
+    assert set(victim.run.federation.roster.ready) == {"phone"}
+
+
+async def test_no_round_waits_for_a_device_that_was_cut_off(victim: Victim) -> None:
+    flood(victim, MEMBER, "cut off")
+    assert victim.cut_off == [MEMBER]
+    assert set(victim.run.federation.roster.ready) == {"phone"}
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+async def test_a_throttled_device_is_ready_when_it_is_forgiven(
+    victim: Victim, has_left: bool
+) -> None:
+    victim.receive(f"dev/{MEMBER}/status", wire.Status(False))
+    victim.receive(f"dev/{MEMBER}/status", wire.Status(True))
+    flood(victim, MEMBER, "throttled")
+    victim.receive(f"req/{MEMBER}", READY, after_s=0)
+    if has_left:
+        victim.receive(f"dev/{MEMBER}/status", wire.Status(False), after_s=0)
+    assert MEMBER not in victim.run.federation.roster.ready
+    victim.now_s += 1000
+    await asyncio.sleep(0.6)  # it was not far above what is tolerated
+    assert (MEMBER in victim.run.federation.roster.ready) is not has_left
+    await victim.gateway.close()
 
 
 async def test_a_device_that_stops_in_time_is_heard_again(victim: Victim) -> None:
