@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import statistics
+from collections import Counter, defaultdict
 from typing import Any
 
 OUTLIER_RATIO = 3.0  # an update so many times as long as the block's median update stands out
@@ -16,8 +17,8 @@ class History:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def rounds(self) -> list[dict[str, Any]]:
-        """Every closed round, with what each block got in it.
+    def rounds(self, since: int = 0) -> list[dict[str, Any]]:
+        """Every closed round after ``since``, with what each block got in it.
 
         Of a block: its ``version`` afterwards; its ``holders`` whose updates went into a version,
         with their ``num_examples`` in all; the ``outliers`` among the devices that sent;
@@ -26,19 +27,28 @@ class History:
         """
         rows = self._db.execute(
             "SELECT round_num, opened_at_s, closed_at_s, loss, num_late FROM rounds "
-            "WHERE closed_at_s IS NOT NULL ORDER BY round_num"
+            "WHERE closed_at_s IS NOT NULL AND round_num > ? ORDER BY round_num",
+            (since,),
         ).fetchall()
+        cohort_sizes = self._by_round(
+            "SELECT opened_in, COUNT(DISTINCT device) FROM tasks WHERE opened_in > ? "
+            "GROUP BY opened_in",
+            since,
+        )
+        num_reports = self._by_round(
+            "SELECT arrived_in, COUNT(*) FROM reports WHERE arrived_in > ? GROUP BY arrived_in",
+            since,
+        )
+        blocks = self._blocks([round_num for round_num, *_ in rows], since)
         return [
             {
                 "round_num": round_num,
-                "cohort_size": self._one(
-                    "COUNT(DISTINCT device) FROM tasks", "opened_in", round_num
-                ),
-                "num_reports": self._one("COUNT(*) FROM reports", "arrived_in", round_num),
+                "cohort_size": sum(n for (n,) in cohort_sizes[round_num]),
+                "num_reports": sum(n for (n,) in num_reports[round_num]),
                 "num_late": num_late,
                 "duration_s": closed - opened,
                 "loss": loss,
-                "blocks": self._blocks_of(round_num),
+                "blocks": blocks[round_num],
             }
             for round_num, opened, closed, loss, num_late in rows
         ]
@@ -69,49 +79,64 @@ class History:
             "bytes_down": down,
         }
 
-    def _one(self, what: str, column: str, round_num: int) -> int:
-        query = f"SELECT {what} WHERE {column} = ?"
-        return int(self._db.execute(query, (round_num,)).fetchone()[0])
+    def _by_round(self, query: str, since: int) -> dict[int, list[Any]]:
+        """The rows of a query by their first column, a round: one query does for all rounds."""
+        found = defaultdict[int, list[Any]](list)
+        for round_num, *row in self._db.execute(query, (since,)):
+            found[round_num].append(row)
+        return found
 
-    def _blocks_of(self, round_num: int) -> dict[str, dict[str, Any]]:
-        asked: dict[str, int] = {}
-        tasks = self._db.execute("SELECT blocks FROM tasks WHERE opened_in = ?", (round_num,))
-        for (blocks,) in tasks:
-            for block in json.loads(blocks):
-                asked[block] = asked.get(block, 0) + 1
-        versions = self._db.execute(
-            "SELECT block, MAX(version) FROM versions WHERE round_num <= ? GROUP BY block",
-            (round_num,),
-        )
-        return {
-            block: {
-                "version": version,
-                "num_asked": asked.get(block, 0),
-                **self._block_of(round_num, block),
-            }
-            for block, version in versions.fetchall()
-        }
-
-    def _block_of(self, round_num: int, block: str) -> dict[str, Any]:
-        updates = self._db.execute(
-            "SELECT device, num_examples, version, norm FROM updates "
-            "WHERE closed_in = ? AND block = ? "
-            "ORDER BY device",
-            (round_num, block),
+    def _blocks(self, round_nums: list[int], since: int) -> dict[int, dict[str, Any]]:
+        """By round and block, the blocks that had a version by then."""
+        steps = self._db.execute(
+            "SELECT round_num, block, MAX(version) FROM versions GROUP BY round_num, block "
+            "ORDER BY round_num DESC"
         ).fetchall()
-        up, down = self._db.execute(
-            "SELECT COALESCE(SUM(bytes_up), 0), COALESCE(SUM(bytes_down), 0) FROM traffic "
-            "WHERE round_num = ? AND block = ?",
-            (round_num, block),
-        ).fetchone()
-        return {
-            "holders": sorted({device for device, _, version, _ in updates if version}),
-            "num_examples": sum(n for _, n, version, _ in updates if version),
-            "num_dropped": sum(not version for *_, version, _ in updates),
-            "outliers": _outliers([(device, norm) for device, *_, norm in updates]),
-            "bytes_up": up,
-            "bytes_down": down,
-        }
+        tasks = self._by_round(
+            "SELECT opened_in, blocks, COUNT(*) FROM tasks WHERE opened_in > ? "
+            "GROUP BY opened_in, blocks",
+            since,
+        )
+        updates = self._by_round(
+            "SELECT closed_in, block, device, num_examples, version, norm FROM updates "
+            "WHERE closed_in > ? ORDER BY device",
+            since,
+        )
+        traffic = self._by_round(
+            "SELECT round_num, block, SUM(bytes_up), SUM(bytes_down) FROM traffic "
+            "WHERE round_num > ? GROUP BY round_num, block",
+            since,
+        )
+        found, versions = dict[int, dict[str, Any]](), dict[str, int]()
+        for round_num in round_nums:
+            while steps and steps[-1][0] <= round_num:
+                _, block, version = steps.pop()
+                versions[block] = max(version, versions.get(block, 0))
+            asked = Counter[str]()
+            for names, num_tasks in tasks[round_num]:
+                asked.update(dict.fromkeys(json.loads(names), num_tasks))
+            num_bytes = {block: (up, down) for block, up, down in traffic[round_num]}
+            found[round_num] = {}
+            for block in sorted(versions):
+                up, down = num_bytes.get(block, (0, 0))
+                found[round_num][block] = {
+                    "version": versions[block],
+                    "num_asked": asked[block],
+                    **_contributed([row for name, *row in updates[round_num] if name == block]),
+                    "bytes_up": up,
+                    "bytes_down": down,
+                }
+        return found
+
+
+def _contributed(updates: list[Any]) -> dict[str, Any]:
+    """Of a block's updates in a round: device, num_examples, version (0: dropped) and norm."""
+    return {
+        "holders": sorted({device for device, _, version, _ in updates if version}),
+        "num_examples": sum(n for _, n, version, _ in updates if version),
+        "num_dropped": sum(not version for _, _, version, _ in updates),
+        "outliers": _outliers([(device, norm) for device, *_, norm in updates]),
+    }
 
 
 def _outliers(norms: list[tuple[str, float]]) -> list[dict[str, Any]]:

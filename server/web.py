@@ -11,6 +11,7 @@ import base64
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -235,7 +236,10 @@ class WebApp:
         )
 
     async def _rounds(self, request: web.Request) -> web.Response:
-        return web.json_response(self._state.history.rounds())
+        since = request.query.get("since", "0")
+        if not re.fullmatch(r"\d{1,18}", since, re.ASCII):
+            raise web.HTTPBadRequest(text=f"since={since!r}, expected the number of a round")
+        return web.json_response(self._state.history.rounds(int(since)))
 
     async def _devices(self, request: web.Request) -> web.Response:
         self._federation.flush_traffic()

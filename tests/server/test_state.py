@@ -296,6 +296,29 @@ def test_the_rounds_read_back(state: ServerState) -> None:
     }
 
 
+def test_many_rounds_read_back_in_as_many_queries_as_few(state: ServerState) -> None:
+    statements: list[str] = []
+    state._db.set_trace_callback(statements.append)
+    numbers = []
+    for block in BLOCKS.values():
+        state.add_initial_version(block, INITIAL[block.name])
+    for round_num in range(1, 12):
+        state.open_round(round_num, {"watch": Assignment(round_num, frozenset({"head"}))}, NOW_S)
+        step = [NewVersion(HEAD, round_num + 1, INITIAL["head"], {})] if round_num != 6 else []
+        state.step(round_num, step, {}, Closing(NOW_S + 1, None, 0))
+        if round_num == 6:  # the next is version 8: whatever comes is taken as it is
+            assert state.history.rounds()[-1]["blocks"]["head"]["version"] == 6
+        statements.clear()
+        rounds = state.history.rounds()
+        numbers.append(len(statements))
+    assert len(set(numbers)) == 1
+    versions = [of["blocks"]["head"]["version"] for of in rounds]
+    assert versions == [2, 3, 4, 5, 6, 6, 8, 9, 10, 11, 12]
+    assert {of["blocks"]["fusion"]["version"] for of in rounds} == {1}
+    assert [of["blocks"]["head"]["num_asked"] for of in rounds] == [1] * 11
+    assert state.history.rounds(since=4) == rounds[4:] and state.history.rounds(since=11) == []
+
+
 def test_what_is_dropped_and_what_stands_out_is_said(state: ServerState) -> None:
     """A block without a new version in the step has dropped its updates."""
     for block in BLOCKS.values():

@@ -491,6 +491,11 @@ async def test_rounds_and_devices(served: Served) -> None:
         "version": 2, "num_asked": 1, "holders": ["watch"], "num_examples": 1, "num_dropped": 0,
         "outliers": [], "bytes_up": 123, "bytes_down": 0,
     }  # fmt: skip
+    await served.run.finish_round(2)
+    assert [r["round_num"] for r in await served.json(f"{ROOT}/rounds", OPERATOR)] == [1, 2]
+    later = await served.json(f"{ROOT}/rounds?since=1", OPERATOR)
+    assert [r["round_num"] for r in later] == [2]
+    assert (await served.get(f"{ROOT}/rounds?since=-1", OPERATOR))[0] == 400
     devices = await served.json(f"{ROOT}/devices", OPERATOR)
     assert devices == {
         "both": {"modalities": ["acc", "gyro"], "is_ready": False, "blocks": {}},
