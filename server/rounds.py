@@ -219,8 +219,9 @@ class Round:
 
 
 def mean_loss(reports: Collection[Report]) -> float | None:
-    """The devices' training losses, weighted by examples; None without a report."""
+    """The devices' training losses, weighted by examples; None without a report, or too large."""
     total = sum(report.num_examples for report in reports)
     if not total:
         return None
-    return sum(report.loss * report.num_examples for report in reports) / total
+    mean = sum(report.loss * report.num_examples for report in reports) / total
+    return mean if math.isfinite(mean) else None

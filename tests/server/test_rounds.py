@@ -291,6 +291,8 @@ def test_the_loss_is_weighted_by_examples_and_the_first_report_stands() -> None:
     target.report("watch", make_report("watch", round_num=ROUND, num_examples=99, loss=9.0))
     # (30·1 + 10·3) / 40
     assert mean_loss(list(target.reports.values())) == pytest.approx(1.5)
+    target.report("phone", make_report("phone", round_num=ROUND, num_examples=99, loss=1e308))
+    assert mean_loss(list(target.reports.values())) is None, "JSON has no infinity"
 
 
 # Asynchronously: blocks step one by one, devices are asked again
@@ -323,10 +325,11 @@ def test_an_update_that_is_too_stale_or_from_the_future_is_refused() -> None:
 def test_a_step_empties_one_buffer_and_ages_what_is_under_way() -> None:
     target = new_round(max_staleness=1)
     offer(target, based_on("both", 3, 2.0), update("both", "encoder-gyro", 1.0))
-    assert target.full(lambda block: 1) == ["encoder-gyro", "head"]
-    assert target.full(lambda block: 2) == []
+    one, two = (lambda block: 1), (lambda block: 2)
+    assert target.full(one, one) == ["encoder-gyro", "head"]
+    assert target.full(two, one) == target.full(one, two) == []
     target.step("head", 4, weighted_mean())
-    assert target.full(lambda block: 1) == ["encoder-gyro"]
+    assert target.full(one, one) == ["encoder-gyro"]
     assert target.has("both", based_on("both", 3, 2.0)), "a redelivery is still known"
     assert offer(target, based_on("both", 3, 2.0)) == [""]
     assert results(target)["head"].delta is None, "and counts no second time"
