@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 
 from .journal import DATABASE, FOLDER, read_delta, segments
+from .settings import resolve
 from .versions import OLDEST, StateError, checksum, read_any_version, version_path
 
 ATTEMPTS = 10  # to copy what a running server is at work on
-DEFAULT = Path("petalfl-data")
+Elsewhere: TypeAlias = Mapping[str, Path]  # by federation
+NOWHERE: Elsewhere = {}
 _WAITING = "SELECT delta, num_bytes, crc32 FROM updates WHERE delta IS NOT NULL"
 
 
@@ -53,41 +56,44 @@ class Findings:
     damages: list[str] = field(default_factory=list)
 
 
-def inspect(data_dir: Path) -> list[Findings]:
+def inspect(data_dir: Path, elsewhere: Elsewhere = NOWHERE) -> list[Findings]:
     """Reads everything and checks every checksum; the server may be running.
 
     Raises:
         MaintenanceError: There is no data folder.
     """
-    return [_inspect(folder) for folder in _folders(data_dir)]
+    return [_inspect(folder) for folder in _folders(data_dir, elsewhere).values()]
 
 
-def backup(data_dir: Path, target: Path) -> None:
+def backup(data_dir: Path, target: Path, elsewhere: Elsewhere = NOWHERE) -> None:
     """Copies a data folder, also one that a server is at work on, as it is at one moment.
+
+    Args:
+        elsewhere: By name, the folders of federations that do not lie below ``data_dir``.
 
     Raises:
         MaintenanceError: ``target`` is not empty, or the folder is damaged.
     """
     _check_empty(target)
-    for folder in _folders(data_dir):
-        _back_up(folder, target / folder.relative_to(data_dir))
-    credentials = data_dir / "broker" / "credentials.json"  # of the embedded broker
-    if credentials.exists():
-        (target / "broker").mkdir()
-        write_atomic(target / "broker" / credentials.name, credentials.read_bytes())
+    for name, folder in _folders(data_dir, elsewhere).items():
+        _back_up(folder, target / name)
+    _copy_credentials(data_dir, target)
 
 
-def restore(source: Path, data_dir: Path) -> None:
+def restore(source: Path, data_dir: Path, elsewhere: Elsewhere = NOWHERE) -> None:
     """Makes a data folder of a backup, once its checksums are found to be right.
 
     Raises:
         MaintenanceError: ``data_dir`` is not empty, as that of a running server never is, or the
             backup is damaged.
     """
-    _check_empty(data_dir)
+    for folder in (data_dir, *elsewhere.values()):
+        _check_empty(folder)
     if damages := [line for findings in inspect(source) for line in findings.damages]:
         raise MaintenanceError(f"the backup {source} is damaged: {damages[0]}")
-    backup(source, data_dir)
+    for name, folder in _folders(source).items():
+        _back_up(folder, elsewhere.get(name, data_dir / name))
+    _copy_credentials(source, data_dir)
 
 
 def add_commands(subparsers: Any) -> None:
@@ -117,24 +123,43 @@ def add_commands(subparsers: Any) -> None:
     parser.set_defaults(run=_run_inspect)
     for name in ("backup", "restore", "inspect"):
         subparsers.choices[name].add_argument(
-            "--data-dir", type=Path, default=DEFAULT, metavar="DIR", help=f"default {DEFAULT}"
+            "--data-dir", default=argparse.SUPPRESS, metavar="DIR",
+            help="this folder alone; the default is where the settings say that the data lie",
+        )  # fmt: skip
+        subparsers.choices[name].add_argument(
+            "--config", default=argparse.SUPPRESS, metavar="FILE", help="as the server's"
         )
 
 
+def _places(options: argparse.Namespace) -> tuple[Path, Elsewhere]:
+    """The data folder, and those of federations that lie elsewhere."""
+    given = vars(options)
+    if "data_dir" in given:
+        return Path(given["data_dir"]), NOWHERE
+    effective = resolve(given, os.environ)
+    data_dir: Path = effective.server["data_dir"].value
+    folders = {name: own["data_dir"].value for name, own in effective.federations.items()}
+    return data_dir, {n: f for n, f in folders.items() if f not in (data_dir, data_dir / n)}
+
+
 def _run_backup(options: argparse.Namespace) -> int:
-    backup(options.data_dir, options.target)
-    print(f"backed up {options.data_dir} to {options.target}")
+    data_dir, elsewhere = _places(options)
+    backup(data_dir, options.target, elsewhere)
+    folders = ", ".join(str(folder) for folder in (data_dir, *elsewhere.values()))
+    print(f"backed up {folders} to {options.target}")
     return 0
 
 
 def _run_restore(options: argparse.Namespace) -> int:
-    restore(options.source, options.data_dir)
-    print(f"restored {options.source} to {options.data_dir}")
+    data_dir, elsewhere = _places(options)
+    restore(options.source, data_dir, elsewhere)
+    folders = ", ".join(str(folder) for folder in (data_dir, *elsewhere.values()))
+    print(f"restored {options.source} to {folders}")
     return 0
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
-    found = inspect(options.data_dir)
+    found = inspect(*_places(options))
     if options.json:
         print(json.dumps([asdict(findings) for findings in found], indent=2))
     else:
@@ -167,12 +192,23 @@ def _as_text(found: Findings) -> str:
 # One federation's folder
 
 
-def _folders(data_dir: Path) -> list[Path]:
-    """The folder itself, or one below it for each federation of several."""
+def _folders(data_dir: Path, elsewhere: Elsewhere = NOWHERE) -> dict[str, Path]:
+    """By their places in a backup: the folder itself, or one of each federation of several."""
     paths = [*data_dir.glob(DATABASE), *sorted(data_dir.glob(f"*/{DATABASE}"))]
-    if not paths:
-        raise MaintenanceError(f"{data_dir} is no data folder: it has no {DATABASE}")
-    return [path.parent for path in paths]
+    found = {str(path.parent.relative_to(data_dir)): path.parent for path in paths}
+    found |= elsewhere
+    for folder in found.values() or [data_dir]:
+        if not (folder / DATABASE).exists():
+            raise MaintenanceError(f"{folder} is no data folder: it has no {DATABASE}")
+    return found
+
+
+def _copy_credentials(folder: Path, target: Path) -> None:
+    """Those of the embedded broker."""
+    credentials = folder / "broker" / "credentials.json"
+    if credentials.exists():
+        (target / "broker").mkdir(parents=True)
+        write_atomic(target / "broker" / credentials.name, credentials.read_bytes())
 
 
 def _check_empty(folder: Path) -> None:

@@ -256,6 +256,37 @@ async def test_the_commands(site: Site, tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2 and "is no data folder" in error
 
 
+async def test_the_commands_look_where_the_settings_say(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PETALFL_SERVER_DATA_DIR", str(site.data_dir))
+    assert str(site.data_dir) in run_cli(capsys, "inspect")[1]
+    nowhere = str(tmp_path / "nowhere")
+    code, _, error = run_cli(capsys, "--data-dir", nowhere, "inspect")
+    assert code == 2 and nowhere in error
+    monkeypatch.delenv("PETALFL_SERVER_DATA_DIR")
+    Path("server.toml").write_text(f"data_dir = '{site.data_dir}'")
+    assert str(site.data_dir) in run_cli(capsys, "inspect")[1]
+
+
+async def test_every_federation_is_backed_up_wherever_it_lies(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    site.data_dir.rename(tmp_path / "cars")
+    backup(tmp_path / "cars", tmp_path / "all" / "watches")
+    file = "data_dir = '{}'\n[federation.watches]\n[federation.cars]\ndata_dir = '{}'"
+    Path("server.toml").write_text(file.format("all", "cars"))
+    assert run_cli(capsys, "backup", "kept")[0] == 0
+    assert [Path(f.folder).name for f in inspect(Path("kept"))] == ["cars", "watches"]
+    Path("server.toml").write_text(file.format("again", "again-cars"))
+    assert run_cli(capsys, "restore", "kept")[0] == 0
+    assert read_all(Path("again-cars")) == read_all(Path("again/watches")) == read_all(Path("cars"))
+    code, _, error = run_cli(capsys, "restore", "kept")
+    assert code == 2 and "is not empty" in error
+
+
 async def test_a_torn_tail_of_the_journal_is_no_damage(site: Site) -> None:
     """A crash between the segment and its rows: nobody was promised those bytes."""
     [segment] = (site.data_dir / "journal").glob("*.deltas")
