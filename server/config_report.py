@@ -9,9 +9,7 @@ from typing import Any
 
 from .config import Config
 from .options import BY_KEY, OPTIONS, PerBlock
-from .settings import Effective, Setting, Settings
-
-_HIDDEN = "set, not shown"
+from .settings import Effective, Setting, Settings, without_secrets
 
 
 def as_text(effective: Effective, configs: Mapping[str, Config]) -> str:
@@ -53,7 +51,7 @@ def _table(settings: Settings, is_of_server: bool) -> list[str]:
 
 
 def _shown(key: str, setting: Setting) -> str:
-    value = _open(key, setting.value)
+    value = without_secrets(key, setting.value)
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str("" if value is None else value)
@@ -61,7 +59,7 @@ def _shown(key: str, setting: Setting) -> str:
 
 def _plain(settings: Settings, is_of_server: bool) -> dict[str, Any]:
     return {
-        key: {"value": _as_json(_open(key, setting.value)), "source": setting.source}
+        key: {"value": _as_json(without_secrets(key, setting.value)), "source": setting.source}
         for key, setting in settings.items()
         if BY_KEY[key].is_of_server == is_of_server
     }
@@ -69,12 +67,3 @@ def _plain(settings: Settings, is_of_server: bool) -> dict[str, Any]:
 
 def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, (Path, PerBlock)) else value
-
-
-def _open(key: str, value: Any) -> Any:
-    """The value without what opens doors."""
-    if key == "token" and value:
-        return _HIDDEN
-    if key == "broker" and "@" in value:
-        return f"{value.partition('://')[0]}://…@{value.rpartition('@')[2]}"
-    return value

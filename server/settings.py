@@ -64,6 +64,8 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Effecti
     federations = {}
     for name, own in tables.items():
         where = f"[federation.{name}] "
+        if not isinstance(own, dict):
+            raise ConfigError(f"{path}: [federation] {name}: expected a table {where.strip()}")
         if not re.fullmatch(NAME_REGEX, name):
             raise ConfigError(f"{path}: {where}expected a name of a-z, 0-9 and '-'")
         read = _read_table(own, str(path), where)
@@ -121,6 +123,15 @@ def _read(key: str, value: Any, source: str, where: str) -> Setting:
         raise ConfigError(f"{where}: {error}") from error
 
 
+def without_secrets(key: str, value: Any) -> Any:
+    """The value of an option without what opens doors."""
+    if key == "token" and value:
+        return "set, not shown"
+    if key == "broker" and "@" in value:
+        return f"{value.partition('://')[0]}://…@{value.rpartition('@')[2]}"
+    return value
+
+
 class Changes(NamedTuple):
     """What new settings come to for a running federation.
 
@@ -143,6 +154,7 @@ def take_over(old: Settings, new: Settings) -> Changes:
             continue
         if BY_KEY[key].is_reloadable:
             settings[key] = setting
-        change = f"{old[key].value} → {setting.value} ({setting.source})"
+        before, after = (without_secrets(key, one.value) for one in (old[key], setting))
+        change = f"{before} → {after} ({setting.source})"
         (taken if BY_KEY[key].is_reloadable else kept)[key] = change
     return Changes(settings, taken, kept)

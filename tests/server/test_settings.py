@@ -124,6 +124,7 @@ WRONG = {
     "nesterov = 'yes'": "nesterov: expected true or false, found 'yes'",
     "rounds = ": "cannot be read",
     "[federation.Cars]": "expected a name of a-z, 0-9 and '-'",
+    "[federation]\ncars = 1": "[federation] cars: expected a table [federation.cars]",
     "[federation.cars]\nhttp = 'x:1'": "http is the whole server's",
     "[federation.cars]\ncolour = 1": r"[federation.cars] colour: there is no such setting",
 }
@@ -281,6 +282,15 @@ def test_only_what_can_change_changes() -> None:
     assert taken == {"rounds": "5 → 6 (--rounds)"}
     assert kept == {"seed": "1 → 2 (--seed)"}
     assert take_over(old, old) == (old, {}, {})
+
+
+def test_no_change_shows_a_secret() -> None:
+    old = resolve({"token": "open", "broker": "mqtts://me:sesame@host:1"}, {}).server
+    new = resolve({"token": "shut", "broker": "mqtts://me:simsala@host:1"}, {}).server
+    assert take_over(old, new).kept == {
+        "token": "set, not shown → set, not shown (--token)",
+        "broker": "mqtts://…@host:1 → mqtts://…@host:1 (--broker)",
+    }
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
