@@ -334,14 +334,14 @@ class EdgeClient:
                 if not await self._fetch_patiently(task, inbox, announce):
                     continue
                 await self._call(self._train_round, task, inputs, labels)
-            await inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
-
             elif task.round_num < self._state.round_num or not self._state.outbox:
                 # A replay; or the server has gone back to a backup, and then it says it again.
                 log.warning("ignored a task of round %d, long trained", task.round_num)
                 doubted = task.round_num
                 announce()
                 continue
+            await inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
+
     def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
         model = self._current_model()
         shareable = {b.name for b in model.held if self._is_shared(b)}
@@ -362,11 +362,11 @@ class EdgeClient:
             try:
                 await self._call(self._fetch_blocks, task.blocks)
                 break
-            except TransportError as error:  # the server may be on its way back
-                log.warning("no blocks yet (%s): trying again", error)
             except NotThereError as error:  # the server has gone on, or back
                 log.warning("no blocks (%s): asking for another task", error)
                 announce()
+            except TransportError as error:  # the server may be on its way back
+                log.warning("no blocks yet (%s): trying again", error)
             if await inbox.has_other_than(task, delay_s):
                 return False
         return True
