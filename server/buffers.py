@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from petalfl.model import Block
 from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate
@@ -27,12 +29,26 @@ class BlockResult(NamedTuple):
     update_ids: tuple[bytes, ...]
 
 
+class _Vote(NamedTuple):
+    """A holder's updates as one: their mean by weight, and the sum of their weights."""
+
+    delta: Vector
+    weight: float
+    num_updates: int
+
+
 class Buffer:
-    """Folds every update into the aggregator's state as it comes."""
+    """Folds every update into the aggregator's state as it comes.
+
+    Of an aggregator with votes it keeps one by holder instead, whose weight is the mean of its
+    updates' weights.
+    """
 
     def __init__(self, block: Block, aggregator: Aggregator[Any]) -> None:
+        self._block = block
         self._aggregator = aggregator
         self._state = aggregator.init(block)
+        self._votes: dict[str, _Vote] = {}
         self._holders: set[str] = set()
         self._num_examples = 0
         self._update_ids: list[bytes] = []
@@ -40,18 +56,42 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._update_ids)
 
+    @property
+    def num_holders(self) -> int:
+        """The devices that the updates came from."""
+        return len(self._holders)
+
     def add(self, update: BlockUpdate, weight: float) -> None:
         """Counts an update; that it is counted once is for the caller to see to."""
-        self._state = self._aggregator.accumulate(self._state, update.delta, weight)
+        if self._aggregator.has_votes:
+            vote = self._votes.get(update.device)
+            self._votes[update.device] = _merged(vote, update.delta, weight)
+        else:
+            self._state = self._aggregator.accumulate(self._state, update.delta, weight)
         self._holders.add(update.device)
         self._num_examples += update.num_examples
         self._update_ids.append(update.update_id)
 
     def result(self) -> BlockResult:
         """The aggregate so far; changes nothing."""
+        state = self._state
+        if self._aggregator.has_votes:
+            state = self._aggregator.init(self._block)
+            for vote in self._votes.values():
+                weight = vote.weight / vote.num_updates
+                state = self._aggregator.accumulate(state, vote.delta, weight)
         return BlockResult(
-            self._aggregator.finalize(self._state),
+            self._aggregator.finalize(state),
             tuple(sorted(self._holders)),
             self._num_examples,
             tuple(self._update_ids),
         )
+
+
+def _merged(vote: _Vote | None, delta: Vector, weight: float) -> _Vote:
+    if vote is None:
+        return _Vote(delta, weight, 1)
+    total = vote.weight + weight
+    mean = np.multiply(vote.delta, vote.weight / total, dtype=np.float64)
+    mean += np.multiply(delta, weight / total, dtype=np.float64)
+    return _Vote(mean.astype(np.float32), total, vote.num_updates + 1)

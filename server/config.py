@@ -37,8 +37,9 @@ class Config:
         selection: Who of those ready is in the cohort, as `parse_selection` reads it.
         cohort_size: The reports that close a round; 0: those of all that were asked.
         over_selection: So many times as many devices are asked as are waited for.
-        quorum: A block with fewer updates keeps its version.
-        buffer_size: In mode async: the updates that make up a block's next version.
+        quorum: A block with updates of fewer devices keeps its version.
+        buffer_size: In mode async: the updates that make up a block's next version; several of
+            one device count, where the quorum is met.
         max_staleness: In mode async: an update's base may be so many versions old.
         keep_versions: Of each block, the newest that stay on disk.
         max_upload_bytes: A device sends the blocks that this has room for; 0: all of them.

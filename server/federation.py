@@ -132,6 +132,7 @@ class Federation:
                 raise ModelError(f"it enrolled with {enrolled}")
             self.roster.ready[device] = self.shared.held_with(ready.modalities, ready.tasks)
             self.roster.codecs[device] = ready.codecs
+            self._warn_of_budget(device)
         except ModelError as error:
             log.warning("device %s with %s cannot take part: %s", device, ready, error)
             return
@@ -168,6 +169,7 @@ class Federation:
             self._state.journal_update(update)
             self.round.add(update)
             self.roster.note_sent(update)
+            self._warn_of_quorum(update.block)
             self._advance_soon()
         return wire.Receipt(update.update_id, "accepted")
 
@@ -255,20 +257,32 @@ class Federation:
         if missed := self.round.expire(asyncio.get_running_loop().time()):
             log.warning("round %d: deadline after %g s without %s", self.round_num,
                         self.config.deadline_s, ", ".join(sorted(missed)))  # fmt: skip
+        if self.config.is_async:
+            for device in missed:
+                if device in self.roster.ready:
+                    self._answer_ready(device)
 
     def _due_blocks(self) -> list[str] | None:
         """The blocks that step now; None where it is not yet time."""
         if self.round is None:
             return None
         if self.config.is_async:
-            return self.round.full(self._num_needed) or None
+            return self.round.full(self.config.buffer_size, self._quorum) or None
         num_enough = self.config.num_enough(len(self.round.cohort))
         return list(self.shared.blocks) if self.round.is_complete(num_enough) else None
 
-    def _num_needed(self, block: str) -> int:
-        """The updates that make up a block's next version."""
-        needed = max(self.config.quorum(block), self._aggregator.quorum)
-        return max(needed, self.config.buffer_size(block)) if self.config.is_async else needed
+    def _quorum(self, block: str) -> int:
+        """The devices that a block's next version is made of, at least."""
+        return max(self.config.quorum(block), self._aggregator.quorum)
+
+    def _warn_of_quorum(self, block: str) -> None:
+        """Once a buffer: it is full, and too few devices have filled it."""
+        assert self.round is not None
+        buffer, quorum = self.round.buffers[block], self._quorum(block)
+        is_full = self.config.is_async and len(buffer) == self.config.buffer_size(block)
+        if is_full and buffer.num_holders < quorum:
+            log.warning("block %s has updates enough, of %d devices: it waits until they are of %d",
+                        block, buffer.num_holders, quorum)  # fmt: skip
 
     # Rounds
 
@@ -342,7 +356,7 @@ class Federation:
             log.error("old versions of blocks are kept: %s", error)
 
     def _next(self, name: str, result: BlockResult) -> NewVersion | None:
-        if result.delta is None or len(result.update_ids) < self._num_needed(name):
+        if result.delta is None or len(result.holders) < self._quorum(name):
             return None
         return self.shared.next_version(name, result.delta, self._optimizer)
 
@@ -376,15 +390,29 @@ class Federation:
 
     # Tasks
 
+    def _warn_of_budget(self, device: str) -> None:
+        if self.roster.ready[device] and not self.roster.uploads(device, 1, self.config):
+            log.warning("device %s sends nothing: all of its shared blocks are longer than the "
+                        "max-upload-bytes of %d", device, self.config.max_upload_bytes)  # fmt: skip
+
     def _answer_ready(self, device: str) -> None:
         held = self.roster.ready[device]
         if self.finished.is_set():
             self._send(device, wire.Finish(self.shared.pointers_of(held)))
-        elif self.round is not None and self.round.is_open(device):
+        elif self.round is not None and self._is_asked(device):
+            if not self.round.is_open(device):
+                now_s = asyncio.get_running_loop().time()
+                self.round.reopen(device, now_s + self.config.deadline_s)
             if self.round.cohort[device].blocks <= held:
                 self._send(device, self._task(device))
             else:  # it came back with less
                 self.round.give_up(device)
+
+    def _is_asked(self, device: str) -> bool:
+        """Whether a device's report counts; asynchronously, after its deadline too."""
+        assert self.round is not None
+        is_late = self.config.is_async and device in self.round.cohort
+        return self.round.is_open(device) or (is_late and device not in self.round.reports)
 
     def _task(self, device: str) -> wire.Task:
         assert self.round is not None

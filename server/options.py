@@ -13,6 +13,7 @@ from typing import Any
 from petalfl.codecs import CODECS, parse_codec
 from petalfl.errors import PetalError
 from petalfl.model import OPTIMIZERS
+from petalfl.wire import MAX_COUNT
 
 from .aggregators import parse_aggregator
 from .choices import form_of
@@ -90,10 +91,14 @@ def _whole(value: Any) -> int:
 
 
 def _at_least(low: int) -> Callable[[Any], int]:
+    """As far as devices are told of it, they take no more than `MAX_COUNT`."""
+
     def read(value: Any) -> int:
         number = _whole(value)
         if number < low:
             raise ValueError(f"found {number}, expected at least {low}")
+        if number > MAX_COUNT:
+            raise ValueError(f"found {number}, expected at most {MAX_COUNT}")
         return number
 
     return read
@@ -220,7 +225,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("min-devices", _at_least(1), 1, "a round starts when so many devices are ready", ROUNDS,
            "N", is_reloadable=True),
     Option("deadline", _above(0, "seconds above 0"), 600.0,
-           "seconds after which nobody waits for a device any longer", ROUNDS, "S",
+           "seconds after which nobody waits for a device any longer; in mode async it is told its "
+           "task again", ROUNDS, "S",
            is_reloadable=True),
     Option("selection", _rule(parse_selection), "all",
            f"who of the ready devices is asked, in mode sync: {_forms(SELECTIONS)}", ROUNDS, "RULE",
@@ -232,10 +238,11 @@ OPTIONS: tuple[Option, ...] = (
            "ask so many times as many devices as are waited for", ROUNDS, "FACTOR",
            is_reloadable=True),
     Option("quorum", _per_block(1), PerBlock(1),
-           "a block with fewer updates keeps its version; for some blocks another number: "
-           "1,head=3", ROUNDS, "N[,BLOCK=N]", is_reloadable=True),
+           "a block with updates of fewer devices keeps its version; for some blocks another "
+           "number: 1,head=3", ROUNDS, "N[,BLOCK=N]", is_reloadable=True),
     Option("buffer-size", _per_block(1), PerBlock(10),
-           "of mode async: the updates that make up a block's next version", ROUNDS,
+           "of mode async: the updates that make up a block's next version, several of one device "
+           "among them; with few devices --quorum says of how many", ROUNDS,
            "N[,BLOCK=N]", is_reloadable=True),
     Option("max-staleness", _at_least(0), 20,
            "of mode async: an update may have started so many versions ago; after s versions it "

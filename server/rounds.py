@@ -106,6 +106,11 @@ class Round:
         self.cohort[device] = assignment
         self._open[device] = deadline_s
 
+    def reopen(self, device: str, deadline_s: float) -> None:
+        """Waits once more for what a device was last asked for."""
+        self.give_up(device)  # the earliest deadline stays the first
+        self._open[device] = deadline_s
+
     def give_up(self, device: str) -> None:
         """Waits no longer for a device; what it sends counts as before."""
         self._open.pop(device, None)
@@ -187,9 +192,13 @@ class Round:
         """What those blocks' buffers hold; changes nothing."""
         return {name: self.buffers[name].result() for name in blocks}
 
-    def full(self, sizes: Callable[[str], int]) -> list[str]:
-        """The blocks with so many updates as ``sizes`` says."""
-        return [name for name, buffer in self.buffers.items() if len(buffer) >= sizes(name)]
+    def full(self, sizes: Callable[[str], int], quorums: Callable[[str], int]) -> list[str]:
+        """The blocks with so many updates as ``sizes`` says, of so many devices as ``quorums``."""
+        return [
+            name
+            for name, buffer in self.buffers.items()
+            if len(buffer) >= sizes(name) and buffer.num_holders >= quorums(name)
+        ]
 
     def step(self, block: str, version: int, aggregator: Aggregator[Any]) -> None:
         """The buffer's updates were consumed; the block's newest version is now this one."""

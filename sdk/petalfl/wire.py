@@ -29,8 +29,9 @@ MAX_HEADER_BYTES = 2048
 MAX_MESSAGE_BYTES = CHUNK_BYTES + MAX_HEADER_BYTES
 MAX_TASK_BLOCKS = 128
 
-Count = Annotated[int, Limit(0, 1 << 40)]
-Positive = Annotated[int, Limit(1, 1 << 40)]
+MAX_COUNT = 1 << 40
+Count = Annotated[int, Limit(0, MAX_COUNT)]
+Positive = Annotated[int, Limit(1, MAX_COUNT)]
 UpdateId = Annotated[bytes, Limit(16, 16)]
 CodecName = Annotated[str, Pattern(CODEC_REGEX)]
 

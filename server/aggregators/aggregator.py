@@ -23,10 +23,13 @@ class Aggregator(Generic[S]):
         accumulate: ``(state, delta, weight)`` to the state with one more update; weight > 0. The
             state passed in is consumed. The delta may be kept, and is never written to.
         finalize: The state to a float32 delta ``(block.size,)``; None where no update arrived.
-        quorum: The fewest updates that the rule is defined for.
+        quorum: The fewest holders that the rule is defined for.
+        has_votes: The rule bounds what a few of its updates can do, so that a holder must have
+            one, however often it sends.
     """
 
     init: Callable[[Block], S]
     accumulate: Callable[[S, Vector, float], S]
     finalize: Callable[[S], Vector | None]
     quorum: int = 1
+    has_votes: bool = False

@@ -48,7 +48,7 @@ def over_all(
             return None
         return rule(state.deltas, np.array(state.weights, np.float64))
 
-    return Aggregator(init, accumulate, finalize, quorum)
+    return Aggregator(init, accumulate, finalize, quorum, has_votes=True)
 
 
 def columns(deltas: Sequence[Vector]) -> Iterator[tuple[slice, NDArray[np.float32]]]:

@@ -18,9 +18,22 @@ from hypothesis import strategies as st
 
 from petalfl import wire
 from petalfl.vectors import to_bytes
+from server.aggregators import median, weighted_mean
+from server.buffers import Buffer
 from server.config import PerBlock
 from server.state import StateError
-from tests.server.builders import ENROLLED, INITIAL, SIZES, Run, Site, make_id, make_report, settle
+from tests.server.builders import (
+    ENROLLED,
+    INITIAL,
+    LAYOUT,
+    SIZES,
+    Run,
+    Site,
+    make_block,
+    make_id,
+    make_report,
+    settle,
+)
 from tests.server.builders import make_update as any_update
 from tests.server.test_federation import HELD, Clock
 
@@ -167,16 +180,70 @@ async def test_a_device_that_is_back_gets_its_open_task_again(site: Site) -> Non
         assert newest(run, "watch").round_num == 2
 
 
-async def test_after_the_deadline_a_device_is_asked_anew(site: Site, clock: Clock) -> None:
+async def test_a_device_slower_than_the_deadline_counts(site: Site, clock: Clock) -> None:
     with site.run(ready=["watch", "phone"], deadline_s=60, **ASYNC) as run:
         await clock.advance(40)
         await answer(run, "phone")
         old = make_update(run, "watch", "head")
         await clock.advance(21)
-        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (2, 2)
-        late = run.federation.on_update(old)
-        assert (late.status, late.reason) == ("rejected", "round 1 is closed, round 2 is open")
-        assert run.federation.on_update(make_update(run, "watch", "head")).status == "accepted"
+        assert [d for d, _ in run.sender.sent].count("watch") == 2, "its task may have been lost"
+        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (1, 2)
+        assert run.federation.on_update(old).status == "accepted"
+        await answer(run, "watch")
+        assert newest(run, "watch").round_num == 2
+        run.federation.on_offline("watch")
+        await clock.advance(61)
+        assert [d for d, _ in run.sender.sent].count("watch") == 3
+        run.ready("watch")
+        assert newest(run, "watch").round_num == 2, "it may have trained it meanwhile"
+        assert set(await answer(run, "watch")) == {"accepted"}
+
+
+async def test_a_device_that_is_back_with_less_gets_another_task(site: Site, clock: Clock) -> None:
+    with site.run(ready=["both", "phone"], deadline_s=60, **ASYNC) as run:
+        run.federation.on_offline("both")
+        await clock.advance(61)
+        run.federation.on_ready("both", wire.Ready(("acc",), ("head",)))
+        assert newest(run, "both").round_num == 2
+        assert newest(run, "both").blocks.keys() == HELD["watch"]
+
+
+@pytest.mark.parametrize("aggregator", ["median", "krum:0", "geometric-median"])
+async def test_one_device_is_one_vote(site: Site, aggregator: str) -> None:
+    changes = {**ASYNC, "buffer_size": PerBlock(5), "aggregator": aggregator}
+    with site.run(ready=EVERYBODY, **changes) as run:
+        for _ in range(3):
+            await answer(run, "watch", 1000.0)
+        await answer(run, "both", 0.01)
+        await answer(run, "phone", 0.01)
+        assert run.federation.shared.versions["head"] == 2
+        assert np.abs(run.block("head") - INITIAL["head"]).max() < 1
+
+
+async def test_a_full_buffer_waits_for_other_devices(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site.run(ready=EVERYBODY, aggregator="krum:0", **ASYNC) as run:
+        for _ in range(4):
+            await answer(run, "watch")
+        await answer(run, "both")
+        assert run.federation.shared.versions["head"] == 1
+        assert caplog.messages.count(
+            "block head has updates enough, of 1 devices: it waits until they are of 3"
+        ) == 1  # fmt: skip
+        await answer(run, "phone")
+        assert run.federation.shared.versions["head"] == 2
+
+
+def test_several_updates_of_a_holder_are_their_mean() -> None:
+    block = make_block("head", *LAYOUT["head"])[0]
+    for aggregator in (median(), weighted_mean()):
+        buffer = Buffer(block, aggregator)
+        for delta, weight in ((1.0, 1.0), (4.0, 2.0)):
+            buffer.add(any_update("watch", "head", delta), weight)
+        result = buffer.result()
+        assert (result.holders, len(result.update_ids)) == (("watch",), 2)
+        np.testing.assert_array_equal(result.delta, np.full(8, 3.0))
 
 
 async def test_it_waits_for_enough_devices_once(site: Site) -> None:
@@ -202,6 +269,7 @@ class Script:
     site: Site
     order: list[str]
     restarts: set[int]
+    aggregator: str
     tasks: dict[tuple[str, int], wire.Task] = field(default_factory=dict)
 
     async def play(self) -> tuple[dict[str, bytes], int]:
@@ -231,8 +299,9 @@ class Script:
 
     def start(self) -> Any:
         return self.site.run(
-            ready=EVERYBODY, min_devices=3, server_optimizer="momentum:0.5", **ASYNC
-        )
+            ready=EVERYBODY, min_devices=3, server_optimizer="momentum:0.5",
+            aggregator=self.aggregator, quorum=PerBlock(1, {"fusion": 2}), **ASYNC,
+        )  # fmt: skip
 
     def steps(self, run: Run, device: str) -> Iterator[Any]:
         for name, message in run.sender.sent:
@@ -256,14 +325,18 @@ class Script:
 @given(
     st.lists(st.sampled_from(EVERYBODY), min_size=1, max_size=8),
     st.sets(st.integers(0, 7)),
+    st.sampled_from(["weighted-mean", "geometric-median"]),
 )
 def test_a_restart_loses_nothing_and_counts_nothing_twice(
-    tmp_path_factory: pytest.TempPathFactory, order: list[str], restarts: set[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    order: list[str],
+    restarts: set[int],
+    aggregator: str,
 ) -> None:
     async def both() -> None:
         folder = tmp_path_factory.mktemp("play")
-        undisturbed = await Script(Site(folder / "undisturbed"), order, set()).play()
-        restarted = await Script(Site(folder / "restarted"), order, restarts).play()
+        undisturbed = await Script(Site(folder / "undisturbed"), order, set(), aggregator).play()
+        restarted = await Script(Site(folder / "restarted"), order, restarts, aggregator).play()
         assert restarted == undisturbed
         assert undisturbed[1] == sum(len(HELD[device]) for device in order)
 

@@ -160,6 +160,18 @@ async def test_without_a_budget_a_task_says_nothing_of_uploads(site: Site) -> No
         assert run.task("watch-0", 1).uploads is None
 
 
+async def test_a_device_whose_blocks_are_all_too_long_is_named(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The phone's gyroscope has a block of 12 bytes, of the watch's the shortest has 16."""
+    with site.run(max_upload_bytes=15) as run:
+        ready(run, "phone-0", "watch-0")
+    assert [m for m in caplog.messages if "sends nothing" in m] == [
+        "device watch-0 sends nothing: all of its shared blocks are longer than the "
+        "max-upload-bytes of 15"
+    ]
+
+
 def test_the_blocks_that_matter_go_first(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path, max_upload_bytes=60)
     roster = Roster(BLOCKS, {})
