@@ -1,5 +1,5 @@
 // A device: node client.mjs --url URL --token T --data data.json --store DIR [--device NAME]
-import { randomBytes } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -80,10 +80,11 @@ async function main() {
   const session = JSON.parse(await request("session", login));
   const topics = topicsOf(federation, device);
   const offline = encode("status", { is_online: false });
+  const secret = createHash("sha256").update(password).digest("hex").slice(0, 16);
   const mqtt = await connectAsync({
     protocol: session.mqtt_is_tls ? "mqtts" : "mqtt",
     host: session.mqtt_host, port: session.mqtt_port, username: device, password,
-    clientId: `${federation}-${device}`, protocolVersion: 4, keepalive: 60,
+    clientId: `${federation}-${device}-${secret}`, protocolVersion: 4, keepalive: 60,
     reconnectPeriod: 1000 + 1000 * Math.random(), resubscribe: false, // `announce` does
     will: { topic: topics.status, payload: offline, qos: 1, retain: true },
   }, false);

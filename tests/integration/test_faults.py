@@ -111,6 +111,26 @@ def test_a_server_that_stops_amid_a_round_goes_on(
     outcome.assert_close(undisturbed)  # measured difference: 0
 
 
+def test_the_embedded_broker_is_killed(watch_artifacts: Path, tmp_path: Path) -> None:
+    """Amid a federation: it comes back where it was, and so does everybody who was connected."""
+
+    async def scenario() -> None:
+        clients = [device.client(server, tmp_path) for device in three_devices()]
+        running = asyncio.create_task(take_part(clients))
+        await server.until(lambda status: status["round_num"] == 2, "round 2")
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+        [broker] = map(int, children.split())
+        os.kill(broker, signal.SIGKILL)
+        await running
+
+    with running_server(watch_artifacts, tmp_path / "server", "--rounds", "3", *SCHEME) as server:
+        asyncio.run(scenario())
+        assert "the embedded broker ended with code -9: starting it again" in server.log
+        holders = {"encoder-acc": 2, "encoder-gyro": 2}
+        assert_one_update_each(server, num_rounds=3, holders=holders, num_closed=3)
+        assert "Traceback" not in server.log
+
+
 def assert_one_update_each(
     server: Server, num_rounds: int, holders: dict[str, int], num_closed: int
 ) -> None:
