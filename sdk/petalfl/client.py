@@ -272,10 +272,12 @@ class EdgeClient:
 
     async def _connect(self, session: Session, on_connect: Callable[[], None]) -> Transport:
         assert self._identity is not None
+        # The same after a restart, so that it ends a connection before; a guess would end this one.
+        secret = hashlib.sha256(self._identity.password.encode()).hexdigest()[:16]
         transport = MqttTransport(
             Endpoint(session.mqtt_host, session.mqtt_port, session.mqtt_is_tls),
             login=(self._identity.device, self._identity.password),
-            client_id=f"{self._federation}-{self.device}",
+            client_id=f"{self._federation}-{self.device}-{secret}",
             will=(
                 topics.status(self._federation, self.device),
                 wire.encode(wire.Status(is_online=False)),
