@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from petalfl import (
 from petalfl.downlink import Downlink, Session
 from petalfl.http import HttpClient, NotThereError
 from petalfl.inbox import Inbox
+from petalfl.mqtt import MqttTransport
 from petalfl.store import DeviceStore, Outgoing, State
 from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.uplink import Uplink
@@ -659,3 +661,25 @@ def test_an_app_that_only_predicts(busy: Server, make: Make) -> None:
     np.testing.assert_array_equal(reader.predict_proba({"a": A}), expected)
     with pytest.raises(DataError, match="no parameters of encoder-b"):
         reader.predict({"b": B})
+
+
+def test_nobody_can_guess_its_client_id(
+    idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who could would end its connection; after a restart it ends its own of before."""
+    found: list[str] = []
+    transport = MqttTransport
+
+    def spied(*args: Any, **settings: Any) -> Any:
+        found.append(settings["client_id"])
+        return transport(*args, **settings)
+
+    monkeypatch.setattr("petalfl.client.MqttTransport", spied)
+    for device in ("guessed", "guessed", "other"):
+        client = make(idle, device)
+        with running(client):
+            until(functools.partial(is_ready, idle, device), "the device is ready")
+        until(lambda name=device: not is_ready(idle, name), "the device is gone")
+        client.close()
+    assert found[0] == found[1] and found[0].startswith("default-guessed-")
+    assert found[0].rpartition("-")[2] != found[2].rpartition("-")[2]
