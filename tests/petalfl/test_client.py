@@ -663,6 +663,10 @@ def test_an_app_that_only_predicts(busy: Server, make: Make) -> None:
         reader.predict({"b": B})
 
 
+def is_gone(server: Server, device: str) -> bool:
+    return not is_ready(server, device)
+
+
 def test_nobody_can_guess_its_client_id(
     idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,7 +683,7 @@ def test_nobody_can_guess_its_client_id(
         client = make(idle, device)
         with running(client):
             until(functools.partial(is_ready, idle, device), "the device is ready")
-        until(lambda name=device: not is_ready(idle, name), "the device is gone")
+        until(functools.partial(is_gone, idle, device), "the device is gone")
         client.close()
     assert found[0] == found[1] and found[0].startswith("default-guessed-")
     assert found[0].rpartition("-")[2] != found[2].rpartition("-")[2]
