@@ -13,11 +13,12 @@ import numpy as np
 from benchmarks.bench_canonical import table
 
 NOTES = """\
-One core; MB/s of float32, 10^6 bytes; median and p10-p90 of single calls. Both: encode, then
-decode. Ratio: float32 bytes by payload bytes. With zlib: by how much zlib at level 1 would shorten
-the payload further, at about 50 MB/s; payloads of topk have been through it. Error: relative
-Euclidean norm of what a delta is off by, the median over deltas. Mean of 50: the same of the mean
-of 50 encodings of one delta, which of an unbiased codec is a seventh of its error."""
+MB/s of float32, 10^6 bytes, by the time that one core computes; median and p10-p90 of single calls.
+Both: encode, then decode. Ratio: float32 bytes by payload bytes. With zlib: by how much zlib at
+level 1 would shorten the payload further, at about 50 MB/s; payloads of topk have been through it.
+Error: relative Euclidean norm of what a delta is off by, the median over deltas. Mean of 50: the
+same of the mean of 50 encodings of one delta, which of an unbiased codec is a seventh of its
+error."""
 
 
 @dataclass(frozen=True, slots=True)
