@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +47,7 @@ GOLDEN = {
         [step * np.float32(3.5 / (127 - 2**-10)) for step in (0, 0, 0, 0, 0, -127, 0, 109)],
     ),
 }
+STREAM = "7801 e36020153092aa01a8fe803d880000 0a8101c9"
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -63,10 +66,9 @@ def test_every_codec_is_pinned() -> None:
 
 def test_a_shorter_payload_is_a_zlib_stream() -> None:
     """Of the 100 bytes of the bitmap of 800 values and the two values; any zlib will do."""
-    stream = "7801 e36020153092aa01a8fe803d880000 0a8101c9"
     expected = np.zeros(800, np.float32)
     expected[[3, 400]] = 1.5, -2
-    found = parse_codec("topk:0.0025").decode(bytes.fromhex(stream), 800)
+    found = parse_codec("topk:0.0025").decode(bytes.fromhex(STREAM), 800)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -76,3 +78,11 @@ def test_the_number_that_topk_keeps() -> None:
               ("0.15", 10): 2, ("0.000001", 5): 1, ("0.5", 8): 4}  # fmt: skip
     for (share, size), count in counts.items():
         assert parse_codec(f"topk:{share}").max_bytes(size) == -(-size // 8) + 4 * count
+
+
+def test_the_bytes_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    for name, (written, _) in GOLDEN.items():
+        row = re.search(rf"^\| `{name}` \| `([0-9a-f ]+)` \|$", text, re.MULTILINE)
+        assert row is not None and row[1].replace(" ", "") == written.replace(" ", "")
+    assert STREAM.replace(" ", "") in text
