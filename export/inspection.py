@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest, read_artifact
+from petalfl.reference import REFERENCE_NAME, Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,16 @@ def inspect_artifacts(folder: Path) -> Inspection:
     manifest = ModelManifest.load(folder)
     for artifact in files(manifest):
         read_artifact(folder, artifact)
+    Reference.load(folder)
     manifest_bytes = (folder / MANIFEST_NAME).stat().st_size
+    unlisted_bytes = manifest_bytes + (folder / REFERENCE_NAME).stat().st_size
     blocks = tuple(_summary(manifest, block) for block in manifest.blocks)
     subsets = dict.fromkeys([*((m,) for m in manifest.modalities), tuple(manifest.modalities)])
     return Inspection(
         name=manifest.name,
         source=manifest.source,
         format=Path(manifest.blocks[0].artifacts.eval_model.path).suffix[1:],
-        num_bytes=manifest_bytes + sum(a.num_bytes for a in files(manifest)),
+        num_bytes=unlisted_bytes + sum(a.num_bytes for a in files(manifest)),
         total=_total(blocks),
         blocks=blocks,
         devices=tuple(_device(manifest, subset, manifest_bytes) for subset in subsets),

@@ -56,7 +56,7 @@ def test_what_a_device_holds_and_moves(watch_artifacts: Path) -> None:
 
 def test_every_file_is_checked(small_artifacts: Path, tmp_path: Path) -> None:
     manifest = ModelManifest.load(small_artifacts)
-    listed = {artifact.path for artifact in files(manifest)} | {"manifest.json"}
+    listed = {artifact.path for artifact in files(manifest)} | {"manifest.json", "reference.json"}
     there = {path for path in small_artifacts.rglob("*") if path.is_file()}
     assert listed == {str(path.relative_to(small_artifacts)) for path in there}
     folder = tmp_path / "copy"
@@ -73,6 +73,17 @@ def test_every_file_is_checked(small_artifacts: Path, tmp_path: Path) -> None:
             inspect_artifacts(folder)
         path.write_bytes(data)
     inspect_artifacts(folder)
+
+
+@pytest.mark.parametrize("contents", [None, b"{}", b"losses"])
+def test_reference_losses_that_are_missing_or_unusable(
+    small_artifacts: Path, tmp_path: Path, contents: bytes | None
+) -> None:
+    shutil.copytree(small_artifacts, tmp_path / "copy")
+    path = tmp_path / "copy" / "reference.json"
+    path.unlink() if contents is None else path.write_bytes(contents)
+    with pytest.raises(ModelError, match=r"reference\.json"):
+        inspect_artifacts(tmp_path / "copy")
 
 
 def test_a_length_that_the_file_does_not_have(small_artifacts: Path, tmp_path: Path) -> None:

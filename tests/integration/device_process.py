@@ -12,7 +12,8 @@ from pathlib import Path
 
 from petalfl import EdgeClient, RoundInfo, wire
 from petalfl.mqtt import MqttTransport
-from petalfl.store import DeviceStore, State
+from petalfl.store import Outgoing
+from petalfl.uplink import Uplink
 from tests.integration.harness import three_devices
 
 
@@ -42,9 +43,9 @@ def hang_in_training(done: int, total: int) -> None:
 
 
 def hang_at(point: str) -> None:
-    """Points: the message type and number at which it hangs, or ``noted``: the last write."""
+    """Points: the message type and number at which it hangs, or ``noted``: the last receipt."""
     kind, _, number = point.partition(" ")
-    publish, write_state = MqttTransport.publish, DeviceStore.write_state
+    publish, deliver = MqttTransport.publish, Uplink.deliver
     seen = 0
 
     async def publish_until(
@@ -58,14 +59,15 @@ def hang_at(point: str) -> None:
                 await asyncio.sleep(3600)
         await publish(self, topic, payload, retain=retain)
 
-    def write_state_until(self: DeviceStore, state: State) -> None:
-        if kind == "noted" and not state.outbox:
+    async def deliver_until(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+        receipt = await deliver(self, outgoing)
+        if kind == "noted" and not outgoing.payload:
             print("here", flush=True)
-            time.sleep(3600)
-        write_state(self, state)
+            time.sleep(3600)  # the whole loop: the next task would end the delivery
+        return receipt
 
     MqttTransport.publish = publish_until  # type: ignore[method-assign]
-    DeviceStore.write_state = write_state_until  # type: ignore[method-assign]
+    Uplink.deliver = deliver_until  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
