@@ -6,6 +6,7 @@ Prints ``round N`` before each training and ``here`` at the point where it is to
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.integration.harness import three_devices
 
 
 def main(url: str, token: str, store: str, point: str) -> None:
+    # Also where the tests run in the background of a shell, which has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     device = three_devices()[0]
     hang_at(point)
     client = EdgeClient(
@@ -45,8 +48,8 @@ def hang_in_training(done: int, total: int) -> None:
 def hang_at(point: str) -> None:
     """Points: the message type and number at which it hangs, or ``noted``: the last receipt."""
     kind, _, number = point.partition(" ")
-    publish, deliver = MqttTransport.publish, Uplink.deliver
-    seen = 0
+    publish, deliver, receive = MqttTransport.publish, Uplink.deliver, Uplink.receive
+    seen, last = 0, b""
 
     async def publish_until(
         self: MqttTransport, topic: str, payload: bytes, *, retain: bool = False
@@ -59,15 +62,21 @@ def hang_at(point: str) -> None:
                 await asyncio.sleep(3600)
         await publish(self, topic, payload, retain=retain)
 
-    async def deliver_until(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
-        receipt = await deliver(self, outgoing)
-        if kind == "noted" and not outgoing.payload:
+    async def note_last(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+        nonlocal last
+        message = wire.decode(outgoing.message)
+        last = message.update_id if isinstance(message, wire.Report) else last
+        return await deliver(self, outgoing)
+
+    def receive_until(self: Uplink, receipt: wire.Receipt) -> None:
+        if kind == "noted" and receipt.update_id == last:
             print("here", flush=True)
-            time.sleep(3600)  # the whole loop: the next task would end the delivery
-        return receipt
+            time.sleep(3600)  # the whole loop: the next task, which comes with it, would go ahead
+        receive(self, receipt)
 
     MqttTransport.publish = publish_until  # type: ignore[method-assign]
-    Uplink.deliver = deliver_until  # type: ignore[method-assign]
+    Uplink.deliver = note_last  # type: ignore[method-assign]
+    Uplink.receive = receive_until  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
