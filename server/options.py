@@ -297,6 +297,9 @@ OPTIONS: tuple[Option, ...] = (
            "compute each batch in N parts, one after another, to save memory", TRAINING, "N",
            is_reloadable=True),
     Option("epochs", _whole, 1, "per round", TRAINING, "N", is_reloadable=True),
+    Option("max-steps", _whole, 0,
+           "end a round after so many batches, if the epochs have as many; 0: no limit", TRAINING,
+           "N", is_reloadable=True),
     Option("seed", _at_least(0), 0, "of cohorts, shuffling and dropout", TRAINING, "N"),
 )  # fmt: skip
 BY_KEY = {option.key: option for option in OPTIONS}

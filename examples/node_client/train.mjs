@@ -3,6 +3,11 @@ import { createHash } from "node:crypto";
 import { Tensor } from "onnxruntime-node";
 import { floats, headsOf, heldBlocks, sizeOf, toBytes, toVector, zeros } from "./model.mjs";
 
+const HYPERPARAMETERS = new Set([
+  "learning_rate", "momentum", "weight_decay", "batch_size", "epochs", "optimizer", "nesterov",
+  "beta1", "beta2", "epsilon", "max_grad_norm", "accumulation", "proximal_mu", "max_steps",
+]);
+
 /** What chance decides, fixed by seed, round and device (mulberry32). */
 export class Draws {
   constructor(...seeds) {
@@ -37,6 +42,8 @@ export class Draws {
  * `before`: vectors by block; `shared`: the blocks that proximal_mu acts on.
  */
 export async function train(engine, manifest, before, inputs, labels, h, draws, shared) {
+  const unknown = Object.keys(h).find((name) => !HYPERPARAMETERS.has(name));
+  if (unknown) throw new Error(`the server asks for ${unknown}, which this client does not know`);
   const held = heldBlocks(manifest, Object.keys(inputs), Object.keys(labels));
   const numExamples = Object.values(inputs)[0].dims[0];
   const batches = cutBatches(numExamples, held, h, draws);
@@ -69,6 +76,7 @@ function cutBatches(numExamples, held, h, draws) {
       const batch = order.slice(start, start + h.batch_size);
       if (batch.length >= shortest) batches.push(batch);
     }
+    if (h.max_steps) batches.splice(h.max_steps);
   }
   if (!batches.length) throw new Error(`batches need ${shortest} examples, found ${numExamples}`);
   return batches;

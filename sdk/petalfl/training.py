@@ -36,6 +36,7 @@ class Hyperparameters:
         accumulation: A batch is computed in so many parts, one after another, to save memory.
         proximal_mu: FedProx's μ: pulls shared blocks towards the start of the round by
             μ · (parameters − start); Li et al. 2020, arXiv:1812.06127.
+        max_steps: The round ends after so many batches, if ``epochs`` have as many; 0: no limit.
     """
 
     learning_rate: Annotated[float, Limit(0.0, 1e3)]
@@ -51,6 +52,7 @@ class Hyperparameters:
     max_grad_norm: Annotated[float, Limit(0.0, 1e6)] = 0.0
     accumulation: Annotated[int, Limit(1, 1 << 16)] = 1
     proximal_mu: Annotated[float, Limit(0.0, 1e3)] = 0.0
+    max_steps: Annotated[int, Limit(0, 1_000_000)] = 0
 
 
 class TrainingResult(NamedTuple):
@@ -59,12 +61,17 @@ class TrainingResult(NamedTuple):
     Attributes:
         parameters: New vectors of every block held.
         num_examples: Examples of the local data set: the device's weight in the mean.
-        losses: Of each step.
+        losses: Of each step, in order.
     """
 
     parameters: dict[str, Vector]
     num_examples: int
     losses: tuple[float, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Batches trained on."""
+        return len(self.losses)
 
     @property
     def loss(self) -> float:
@@ -400,14 +407,18 @@ def _batches(
     hyperparameters: Hyperparameters,
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """Indices of every epoch's batches, but for those too short to train on."""
+    """Indices of every epoch's batches, but for those too short to train on.
+
+    All epochs are drawn, also behind ``max_steps``: it changes no mask that is drawn later.
+    """
     batches: list[NDArray[np.int64]] = []
+    shortest = _min_batch(held)
     for _ in range(hyperparameters.epochs):
         order = rng.permutation(num_examples)
         splits = range(hyperparameters.batch_size, num_examples, hyperparameters.batch_size)
-        batches.extend(np.split(order, splits))
-    shortest = _min_batch(held)
-    batches = [batch for batch in batches if len(batch) >= shortest]
+        batches.extend(batch for batch in np.split(order, splits) if len(batch) >= shortest)
+        if hyperparameters.max_steps:
+            del batches[hyperparameters.max_steps :]
     if not batches:
         needs = next(block.name for block in held if block.min_batch == shortest)
         raise DataError(

@@ -169,10 +169,18 @@ def test_every_hyperparameter_counts(small_artifacts: Path) -> None:
     rng = np.random.default_rng(3)
     inputs = {"a": rng.normal(size=(21, 5)), "b": rng.normal(size=(21, 2, 8))}
     chosen = Hyperparameters(
-        0.01, optimizer="adamw", batch_size=8, epochs=2, max_grad_norm=0.5, proximal_mu=0.1
-    )
+        0.01, optimizer="adamw", batch_size=8, epochs=2, max_grad_norm=0.5, proximal_mu=0.1,
+        max_steps=4,
+    )  # fmt: skip
     shared = ("encoder-a", "encoder-b")
     assert_same_round(small_artifacts, inputs, rng.integers(0, 3, 21), chosen, shared)
+
+
+def test_a_hyperparameter_that_it_does_not_know_is_refused(small_artifacts: Path) -> None:
+    foreign: Any = {**plain(HYPERPARAMETERS), "warmup": 1}
+    inputs = {"a": np.zeros((4, 5))}
+    with pytest.raises(AssertionError, match="the server asks for warmup, which this client does"):
+        train_in_node(small_artifacts, initial(small_artifacts), inputs, np.arange(4) % 3, foreign)
 
 
 @pytest.mark.parametrize("tasks", [("kind",), ("kind", "tags", "pace")])

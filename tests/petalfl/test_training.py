@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from petalfl.engine import Arrays, Forward, Gradients
@@ -270,12 +272,12 @@ def test_both_passes_see_the_same_masks_and_predictions_none() -> None:
 def test_unknown_and_no_modalities_and_tasks() -> None:
     inputs, labels = data(RICH, 4)
     engine = NumpyEngine()
-    for given, of, message in [
+    for x, y, message in [
         ({"lidar": inputs["a"]}, labels, "modality 'lidar'"), ({}, labels, "no modality"),
         (inputs, {"r": labels["p"]}, "task 'r', the model has p, q"), (inputs, {}, "no task"),
     ]:  # fmt: skip
         with pytest.raises(ModelError, match=message):
-            step_gradients(engine, RICH, draw_vectors(RICH), given, of, {})
+            step_gradients(engine, RICH, draw_vectors(RICH), x, y, {})
     assert not engine.calls
 
 
@@ -546,6 +548,30 @@ def test_no_batch_is_long_enough(length: int, batch_size: int) -> None:
         rf"batches of {batch_size}$",
     ):
         run(replace(PLAIN, batch_size=batch_size), length=length)
+
+
+@given(
+    max_steps=st.integers(0, 9), epochs=st.integers(1, 3), length=st.integers(3, 11),
+    model=st.sampled_from(sorted(MANIFESTS)), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_max_steps_is_a_prefix_of_the_longer_run(
+    max_steps: int, epochs: int, length: int, model: str, seed: int
+) -> None:
+    """Of its losses and blocks to the bit, dropout included."""
+    seen: list[tuple[int, int]] = []
+    hyperparameters = replace(PLAIN, learning_rate=0.01, momentum=0.5, epochs=epochs)
+    whole = run(hyperparameters, manifest=MANIFESTS[model], length=length, seed=seed)
+    short = run(
+        replace(hyperparameters, max_steps=max_steps), manifest=MANIFESTS[model], length=length,
+        seed=seed, on_batch=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    num_steps = min(max_steps or whole.num_steps, whole.num_steps)
+    assert short.losses == whole.losses[:num_steps]
+    assert short.num_steps == num_steps
+    assert seen == [(i, num_steps) for i in range(1, num_steps + 1)]
+    assert short.num_examples == length
+    if num_steps == whole.num_steps:
+        assert_same(short, whole)
 
 
 class Scripted(NumpyEngine):

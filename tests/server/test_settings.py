@@ -146,6 +146,28 @@ def test_a_wrong_variable_is_named() -> None:
         resolve({}, {PREFIX + "ROUND": "1"})
 
 
+HYPERPARAMETERS = {"max_steps": ("30", 30)}
+OUTSIDE = {
+    "max_steps = -1": "max_steps: -1 is outside [0, 1e+06]",
+    "max_steps = 2_000_000": "max_steps: 2000000 is outside [0, 1e+06]",
+    "max_steps = 1.5": "max_steps: expected a whole number, found 1.5",
+}
+
+
+@pytest.mark.parametrize("key", HYPERPARAMETERS)
+def test_a_hyperparameter_reaches_the_devices_tasks(tmp_path: Path, key: str) -> None:
+    text, value = HYPERPARAMETERS[key]
+    settings = from_file(tmp_path, f'artifacts = "a"\n{key} = {text}').federations["default"]
+    assert getattr(make_config("x", settings, TINY).hyperparameters, key) == value
+
+
+@pytest.mark.parametrize("text", OUTSIDE)
+def test_a_hyperparameter_outside_its_limits_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(OUTSIDE[text])):
+        settings = from_file(tmp_path, f'artifacts = "a"\n{text}').federations["default"]
+        make_config("x", settings, TINY)
+
+
 # Several federations
 
 
