@@ -292,6 +292,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("proximal-mu", _number, 0.0,
            "FedProx: pull shared blocks towards the start of the round; 0: off", TRAINING, "MU",
            is_reloadable=True),
+    Option("method", _one_of("fedsim", "fedalt"), "fedsim",
+           "fedsim: private and shared blocks train together; fedalt: first the private ones, then "
+           "the shared ones, each for as many epochs", TRAINING, "{fedsim,fedalt}",
+           is_reloadable=True),
     Option("batch-size", _whole, 16, "examples per step", TRAINING, "N", is_reloadable=True),
     Option("accumulation", _whole, 1,
            "compute each batch in N parts, one after another, to save memory", TRAINING, "N",

@@ -6,6 +6,7 @@ import { floats, headsOf, heldBlocks, sizeOf, toBytes, toVector, zeros } from ".
 const HYPERPARAMETERS = new Set([
   "learning_rate", "momentum", "weight_decay", "batch_size", "epochs", "optimizer", "nesterov",
   "beta1", "beta2", "epsilon", "max_grad_norm", "accumulation", "proximal_mu", "max_steps",
+  "method",
 ]);
 
 /** What chance decides, fixed by seed, round and device (mulberry32). */
@@ -44,28 +45,48 @@ export class Draws {
 export async function train(engine, manifest, before, inputs, labels, h, draws, shared) {
   const unknown = Object.keys(h).find((name) => !HYPERPARAMETERS.has(name));
   if (unknown) throw new Error(`the server asks for ${unknown}, which this client does not know`);
+  if (!["fedsim", "fedalt"].includes(h.method)) throw new Error(`unknown method ${h.method}`);
   const held = heldBlocks(manifest, Object.keys(inputs), Object.keys(labels));
   const numExamples = Object.values(inputs)[0].dims[0];
-  const batches = cutBatches(numExamples, held, h, draws);
+  const phases = phasesOf(held, shared, h.method).map((trained) => ({
+    trained, batches: cutBatches(numExamples, held, h, draws),
+  }));
   const after = Object.fromEntries(held.map((b) => [b.name, before[b.name].slice()]));
   const graph = manifest.optimizers[h.optimizer];
   const moments = {}; // by block, for this round
-  let lossSum = 0;
-  for (const [i, batch] of batches.entries()) {
-    const masks = drawMasks(held, batch.length, inputs, draws);
-    const step = await chainedStep(
-      engine, manifest, held, after, take(inputs, batch), take(labels, batch), masks,
-    );
-    if (!Number.isFinite(step.loss)) throw new Error(`training diverged: loss ${step.loss}`);
-    await descend(engine, graph, h, after, before, step.gradients, moments, i + 1, shared);
-    for (const [name, tail] of Object.entries(step.statistics)) {
-      after[name].set(tail, after[name].length - tail.length);
+  const losses = [];
+  for (const { trained, batches } of phases) {
+    for (const [i, batch] of batches.entries()) {
+      const masks = drawMasks(held, batch.length, inputs, draws);
+      const step = await chainedStep(
+        engine, manifest, held, after, take(inputs, batch), take(labels, batch), masks,
+      );
+      if (!Number.isFinite(step.loss)) throw new Error(`training diverged: loss ${step.loss}`);
+      const gradients = only(trained, step.gradients);
+      await descend(engine, graph, h, after, before, gradients, moments, i + 1, shared);
+      for (const [name, tail] of Object.entries(only(trained, step.statistics))) {
+        after[name].set(tail, after[name].length - tail.length);
+      }
+      losses.push(step.loss);
     }
-    lossSum += step.loss;
   }
   for (const block of held) toVector(block, toBytes(after[block.name])); // all finite
-  return { parameters: after, numExamples, loss: lossSum / batches.length };
+  const loss = losses.reduce((sum, x) => sum + x) / losses.length;
+  return { parameters: after, numExamples, loss };
 }
+
+/** The names of the blocks that train together, phase by phase. */
+function phasesOf(held, shared, method) {
+  const isShared = (block) => shared.includes(block.name);
+  const parts = method === "fedalt"
+    ? [held.filter((block) => !isShared(block)), held.filter(isShared)]
+    : [held];
+  const training = parts.filter((part) => part.some((block) => block.num_trainable));
+  return training.map((part) => part.map((block) => block.name));
+}
+
+const only = (names, byName) =>
+  Object.fromEntries(Object.entries(byName).filter(([name]) => names.includes(name)));
 
 function cutBatches(numExamples, held, h, draws) {
   const shortest = Math.max(...held.map((block) => block.min_batch));

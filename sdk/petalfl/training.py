@@ -7,7 +7,7 @@ of its outputs. One chained step equals one PyTorch step on the whole model (tes
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -37,6 +37,9 @@ class Hyperparameters:
         proximal_mu: FedProx's μ: pulls shared blocks towards the start of the round by
             μ · (parameters − start); Li et al. 2020, arXiv:1812.06127.
         max_steps: The round ends after so many batches, if ``epochs`` have as many; 0: no limit.
+        method: ``fedsim`` trains private and shared blocks together; ``fedalt`` first the private
+            ones with the shared ones as they are, then the other way round, each for ``epochs``
+            and ``max_steps``; Pillutla et al. 2022, arXiv:2204.03809.
     """
 
     learning_rate: Annotated[float, Limit(0.0, 1e3)]
@@ -53,6 +56,7 @@ class Hyperparameters:
     accumulation: Annotated[int, Limit(1, 1 << 16)] = 1
     proximal_mu: Annotated[float, Limit(0.0, 1e3)] = 0.0
     max_steps: Annotated[int, Limit(0, 1_000_000)] = 0
+    method: Literal["fedsim", "fedalt"] = "fedsim"
 
 
 class TrainingResult(NamedTuple):
@@ -114,8 +118,9 @@ def train(
         inputs: By modality, as `petalfl.data.check_inputs` returns them.
         labels: By task, as `petalfl.data.check_labels` returns them.
         rng: Orders the examples and draws the dropout masks: same generator, same result.
-        shared: The blocks that ``proximal_mu`` acts on.
-        on_batch: Told the batches done and their total.
+        shared: The blocks that others train as well: ``proximal_mu`` acts on them, and
+            ``fedalt`` trains them after the others.
+        on_batch: Told the batches done and their total, of all phases.
 
     Raises:
         DataError: Too few examples, nothing to train, or the loss is no longer finite.
@@ -124,23 +129,28 @@ def train(
     if not differentiated(held):
         raise DataError(f"with {', '.join(inputs)} there is nothing to train: all is frozen")
     num_examples = len(next(iter(inputs.values())))
-    batches = _batches(num_examples, held, hyperparameters, rng)
+    steps = [
+        (trained, batch)
+        for trained in _phases(held, shared, hyperparameters.method)
+        for batch in _batches(num_examples, held, hyperparameters, rng)
+    ]
     optimizer = _optimizer(engine, manifest, hyperparameters)
     current = {block.name: parameters[block.name] for block in held}
     states = {b.name: optimizer.init(current[b.name][: b.num_trainable]) for b in held}
     losses = []
-    for done, batch in enumerate(batches):
+    for done, (trained, batch) in enumerate(steps):
         masks = draw_masks(held, len(batch), rng, axis_lengths(inputs))
         num_parts = min(hyperparameters.accumulation, len(batch) // _min_batch(held))
         step = _step_in_parts(
-            engine, manifest, current, _take(inputs, batch), _take(labels, batch), masks, num_parts
-        )
+            engine, manifest, current, _take(inputs, batch), _take(labels, batch), masks,
+            trained, num_parts,
+        )  # fmt: skip
         if not np.isfinite(step.loss):
             raise _diverged(f" at batch {done + 1}: the loss is {step.loss}", hyperparameters)
         _descend(current, states, optimizer, step.gradients, hyperparameters, shared)
         _replace_statistics(current, step.statistics)
         losses.append(step.loss)
-        on_batch(done + 1, len(batches))
+        on_batch(done + 1, len(steps))
     if not all(np.isfinite(vector).all() for vector in current.values()):
         raise _diverged(": a parameter is NaN or infinite", hyperparameters)
     return TrainingResult(current, num_examples, tuple(losses))
@@ -153,6 +163,7 @@ def step_gradients(
     inputs: Arrays,
     labels: Arrays,
     masks: Masks,
+    trained: Collection[str] | None = None,
 ) -> Step:
     """The loss of one batch, and its gradient by every block held that trains.
 
@@ -160,9 +171,12 @@ def step_gradients(
         inputs: By modality.
         labels: By task; a head without labels is not run.
         masks: Of `draw_masks`.
+        trained: Blocks that a gradient and new statistics are wanted of; None: of all.
     """
     held = manifest.blocks_for(inputs, labels)
-    reached = differentiated(held)
+    if trained is None:
+        trained = {block.name for block in held}
+    reached = _reached(held, trained)
     values, feeds, statistics = _run_forward(engine, manifest, held, parameters, inputs, masks)
     tasks = {head.name: task for task, head in manifest.heads.items()}
     upstream: dict[str, NDArray[np.float32]] = {}  # the gradient by tensor name
@@ -180,13 +194,14 @@ def step_gradients(
         if back.loss is not None:
             losses[tasks[block.name]] = back.loss
             total += weight * back.loss
-        if back.parameters is not None:
+        if back.parameters is not None and block.name in trained:
             gradients[block.name] = _times(weight, back.parameters)
         if back.statistics is not None:
             statistics[block.name] = back.statistics
         for name, gradient in back.inputs.items():
             _add(upstream, name, _times(weight, gradient))
-    return Step(total, losses, gradients, statistics)
+    kept = {name: tail for name, tail in statistics.items() if name in trained}
+    return Step(total, losses, gradients, kept)
 
 
 def predict_outputs(
@@ -245,11 +260,12 @@ def _step_in_parts(
     inputs: Arrays,
     labels: Arrays,
     masks: Masks,
+    trained: Collection[str],
     num_parts: int,
 ) -> Step:
     """A step on a batch in ``num_parts``: weighted by length, their mean is the whole batch's."""
     if num_parts == 1:
-        return step_gradients(engine, manifest, parameters, inputs, labels, masks)
+        return step_gradients(engine, manifest, parameters, inputs, labels, masks, trained)
     current = dict(parameters)
     num_examples = len(next(iter(inputs.values())))
     losses: dict[str, float] = {}
@@ -259,7 +275,7 @@ def _step_in_parts(
     for part in np.array_split(np.arange(num_examples), num_parts):
         part_masks = {block: _take(by_name, part) for block, by_name in masks.items()}
         step = step_gradients(
-            engine, manifest, current, _take(inputs, part), _take(labels, part), part_masks
+            engine, manifest, current, _take(inputs, part), _take(labels, part), part_masks, trained
         )
         statistics |= step.statistics
         _replace_statistics(current, step.statistics)
@@ -270,6 +286,26 @@ def _step_in_parts(
         for name, gradient in step.gradients.items():
             _add(gradients, name, _times(share, gradient))
     return Step(total, losses, gradients, statistics)
+
+
+def _phases(held: tuple[Block, ...], shared: Collection[str], method: str) -> list[frozenset[str]]:
+    """The blocks that train together, phase by phase; no block is in two."""
+    parts = [held]
+    if method == "fedalt":
+        private = tuple(block for block in held if block.name not in shared)
+        parts = [private, tuple(block for block in held if block.name in shared)]
+    return [
+        frozenset(block.name for block in part)
+        for part in parts
+        if any(block.num_trainable for block in part)
+    ]
+
+
+def _reached(held: tuple[Block, ...], trained: Collection[str]) -> frozenset[str]:
+    """Those whose backward pass is run: what training reaches, and every head for its loss."""
+    reached = differentiated(held)
+    frozen = (b if b.name in trained else replace(b, num_trainable=0) for b in held)
+    return differentiated(frozen) | {b.name for b in held if b.task and b.name in reached}
 
 
 def _run_forward(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,9 @@ def test_every_hyperparameter_counts(small_artifacts: Path) -> None:
         max_steps=4,
     )  # fmt: skip
     shared = ("encoder-a", "encoder-b")
-    assert_same_round(small_artifacts, inputs, rng.integers(0, 3, 21), chosen, shared)
+    for method in ("fedsim", "fedalt"):
+        chosen = replace(chosen, method=method)
+        assert_same_round(small_artifacts, inputs, rng.integers(0, 3, 21), chosen, shared)
 
 
 def test_a_hyperparameter_that_it_does_not_know_is_refused(small_artifacts: Path) -> None:
@@ -196,7 +198,9 @@ def test_a_round_of_several_tasks_is_pythons(
     }
     inputs = {"motion": rng.normal(size=(20, 5)), "text": rng.integers(0, 11, (20, 6))}
     chosen = Hyperparameters(0.05, nesterov=True, weight_decay=0.01, batch_size=6, epochs=2)
-    assert_same_round(several_artifacts, inputs, {t: labels[t] for t in tasks}, chosen)
+    for method in ("fedsim", "fedalt"):
+        chosen = replace(chosen, method=method)
+        assert_same_round(several_artifacts, inputs, {t: labels[t] for t in tasks}, chosen)
 
 
 # The protocol: a federation over the embedded broker

@@ -146,10 +146,11 @@ def test_a_wrong_variable_is_named() -> None:
         resolve({}, {PREFIX + "ROUND": "1"})
 
 
-HYPERPARAMETERS = {"max_steps": ("30", 30)}
+HYPERPARAMETERS = {"max_steps": ("30", 30), "method": ("'fedalt'", "fedalt")}
 OUTSIDE = {
     "max_steps = -1": "max_steps: -1 is outside [0, 1e+06]",
     "max_steps = 2_000_000": "max_steps: 2000000 is outside [0, 1e+06]",
+    "method = 'fedper'": "method: expected one of fedsim, fedalt, found 'fedper'",
     "max_steps = 1.5": "max_steps: expected a whole number, found 1.5",
 }
 
