@@ -6,7 +6,8 @@ of its outputs. One chained step equals one PyTorch step on the whole model (tes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -64,13 +65,17 @@ class TrainingResult(NamedTuple):
 
     Attributes:
         parameters: New vectors of every block held.
-        num_examples: Examples of the local data set: the device's weight in the mean.
+        num_examples: The device's weight in the mean: the examples of the local data set; where
+            training was stopped, those of them that it has seen, each counted once, in ``fedalt``
+            by the shared blocks. 0: there is nothing to send.
         losses: Of each step, in order.
+        is_complete: Whether training went on to its end.
     """
 
     parameters: dict[str, Vector]
     num_examples: int
     losses: tuple[float, ...]
+    is_complete: bool = True
 
     @property
     def num_steps(self) -> int:
@@ -79,7 +84,13 @@ class TrainingResult(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean over the round's steps."""
+        """Mean over the round's steps.
+
+        Raises:
+            ValueError: There was none: training was stopped before.
+        """
+        if not self.losses:
+            raise ValueError("training was stopped before its first batch: there is no loss")
         return float(np.mean(self.losses))
 
 
@@ -110,8 +121,14 @@ def train(
     *,
     shared: Collection[str] = (),
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    should_train: Callable[[], bool] = lambda: True,
+    max_seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainingResult:
     """Trains the blocks of the modalities in ``inputs`` and the tasks in ``labels``.
+
+    It is stopped, within a batch, by ``should_train`` or ``max_seconds``, and then returns what
+    has been trained until there.
 
     Args:
         parameters: Start values; not changed.
@@ -121,10 +138,17 @@ def train(
         shared: The blocks that others train as well: ``proximal_mu`` acts on them, and
             ``fedalt`` trains them after the others.
         on_batch: Told the batches done and their total, of all phases.
+        should_train: Asked before every batch; False stops.
+        max_seconds: By ``clock``, from the call on: no batch begins later; None: no limit.
+        clock: Monotonic, in seconds.
 
     Raises:
         DataError: Too few examples, nothing to train, or the loss is no longer finite.
+        ValueError: ``max_seconds`` is below 0 or NaN.
     """
+    if max_seconds is not None and not max_seconds >= 0:
+        raise ValueError(f"expected max_seconds of at least 0, found {max_seconds}")
+    start_s = clock()
     held = manifest.blocks_for(inputs, labels)
     if not differentiated(held):
         raise DataError(f"with {', '.join(inputs)} there is nothing to train: all is frozen")
@@ -137,8 +161,10 @@ def train(
     optimizer = _optimizer(engine, manifest, hyperparameters)
     current = {block.name: parameters[block.name] for block in held}
     states = {b.name: optimizer.init(current[b.name][: b.num_trainable]) for b in held}
-    losses = []
+    losses: list[float] = []
     for done, (trained, batch) in enumerate(steps):
+        if not should_train() or (max_seconds is not None and clock() - start_s >= max_seconds):
+            break
         masks = draw_masks(held, len(batch), rng, axis_lengths(inputs))
         num_parts = min(hyperparameters.accumulation, len(batch) // _min_batch(held))
         step = _step_in_parts(
@@ -153,7 +179,10 @@ def train(
         on_batch(done + 1, len(steps))
     if not all(np.isfinite(vector).all() for vector in current.values()):
         raise _diverged(": a parameter is NaN or infinite", hyperparameters)
-    return TrainingResult(current, num_examples, tuple(losses))
+    is_complete = len(losses) == len(steps)
+    if not is_complete:
+        num_examples = _num_seen(steps[: len(losses)], steps[-1][0])
+    return TrainingResult(current, num_examples, tuple(losses), is_complete)
 
 
 def step_gradients(
@@ -299,6 +328,13 @@ def _phases(held: tuple[Block, ...], shared: Collection[str], method: str) -> li
         for part in parts
         if any(block.num_trainable for block in part)
     ]
+
+
+def _num_seen(
+    steps: Sequence[tuple[frozenset[str], NDArray[np.int64]]], phase: frozenset[str]
+) -> int:
+    """The examples that the blocks of a phase were trained on, each counted once."""
+    return len({i for trained, batch in steps if trained == phase for i in batch.tolist()})
 
 
 def _reached(held: tuple[Block, ...], trained: Collection[str]) -> frozenset[str]:

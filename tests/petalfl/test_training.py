@@ -574,6 +574,93 @@ def test_max_steps_is_a_prefix_of_the_longer_run(
         assert_same(short, whole)
 
 
+# Stops
+
+
+def stopping_after(num_batches: int) -> Callable[[], bool]:
+    """A policy that says yes so many times."""
+    answers = iter([True] * num_batches)
+    return lambda: next(answers, False)
+
+
+@given(
+    num_batches=st.integers(1, 9), accumulation=st.integers(1, 2), seed=st.integers(0, 9),
+    optimizer=st.sampled_from(["sgd", "adamw"]),
+)  # fmt: skip
+def test_training_that_is_stopped_is_that_of_max_steps(
+    num_batches: int, accumulation: int, seed: int, optimizer: Any
+) -> None:
+    hyperparameters = replace(
+        PLAIN, learning_rate=0.01, momentum=0.5, epochs=2, accumulation=accumulation,
+        optimizer=optimizer,
+    )  # fmt: skip
+    stopped = run(hyperparameters, seed=seed, should_train=stopping_after(num_batches))
+    short = run(replace(hyperparameters, max_steps=num_batches), seed=seed)
+    assert stopped.losses == short.losses
+    assert stopped.loss == short.loss
+    assert_same(stopped, short)
+    assert short.is_complete
+    assert stopped.is_complete == (num_batches >= 6)
+    assert stopped.num_examples == min(4 * num_batches, 10)  # of ten, in batches of 4, 4 and 2
+
+
+def test_should_train_is_asked_before_every_batch() -> None:
+    calls: list[str] = []
+
+    def should_train() -> bool:
+        calls.append("asked")
+        return True
+
+    result = run(PLAIN, should_train=should_train, on_batch=lambda *_: calls.append("trained"))
+    assert calls == ["asked", "trained"] * 3
+    assert result.is_complete
+
+
+@pytest.mark.parametrize("stop", [{"should_train": lambda: False}, {"max_seconds": 0.0}])
+def test_training_that_is_stopped_before_its_first_batch(stop: dict[str, Any]) -> None:
+    engine = NumpyEngine()
+    result = run(PLAIN, engine=engine, **stop)
+    assert not engine.calls
+    assert (result.losses, result.num_steps, result.num_examples) == ((), 0, 0)
+    assert not result.is_complete
+    for name, vector in result.parameters.items():
+        np.testing.assert_array_equal(vector, draw_vectors(RICH)[name])
+    with pytest.raises(ValueError, match="stopped before its first batch: there is no loss"):
+        _ = result.loss
+
+
+class Watch:
+    """A clock that shows 1000 s at the start, and with every batch one more."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def tick(self, done: int, total: int) -> None:
+        self.now_s += 1.0
+
+
+@pytest.mark.parametrize(
+    ("max_seconds", "num_steps"),
+    [(0.5, 1), (1.0, 1), (1.5, 2), (5.0, 5), (5.5, 6), (6.0, 6), (math.inf, 6), (None, 6)],
+)
+def test_no_batch_begins_when_the_time_is_over(max_seconds: float | None, num_steps: int) -> None:
+    watch = Watch()
+    result = run(
+        replace(PLAIN, learning_rate=0.01, epochs=2), max_seconds=max_seconds, clock=watch,
+        on_batch=watch.tick,
+    )  # fmt: skip
+    assert result.num_steps == num_steps
+    assert result.is_complete == (num_steps == 6)
+
+
+@pytest.mark.parametrize("max_seconds", [-1.0, math.nan])
+def test_a_time_that_is_none(max_seconds: float) -> None:
+    with pytest.raises(ValueError, match="expected max_seconds of at least 0, found"):
+        run(PLAIN, max_seconds=max_seconds)
+
+
 # FedAlt
 
 ALTERNATING = replace(
@@ -622,6 +709,23 @@ def test_fedalt_without_private_or_without_shared_blocks_is_fedsim(shared: set[s
     )
     assert one.losses == other.losses
     assert_same(one, other)
+
+
+@pytest.mark.parametrize(("num_batches", "num_examples"), [(1, 0), (3, 0), (4, 4), (5, 8)])
+def test_fedalt_that_is_stopped_weighs_what_the_shared_blocks_have_seen(
+    num_batches: int, num_examples: int
+) -> None:
+    """Three batches for the private blocks, then three for the shared ones."""
+    start = draw_vectors(RICH)
+    result = run(ALTERNATING, shared=SHARED, should_train=stopping_after(num_batches))
+    assert (result.num_examples, result.num_steps) == (num_examples, num_batches)
+    assert not result.is_complete
+    for name in ("encoder-b", "head-p"):
+        assert (result.parameters[name] != start[name]).any()
+    for name in ("projector-a", "fusion", "head-q"):
+        assert (result.parameters[name] != start[name]).any() == (num_examples > 0)
+    alone = run(ALTERNATING, should_train=stopping_after(1))
+    assert alone.num_examples == 4, "of nothing shared, what the private blocks have seen"
 
 
 def test_each_phase_has_its_epochs_its_max_steps_and_a_fresh_optimizer() -> None:
