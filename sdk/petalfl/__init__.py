@@ -1,6 +1,7 @@
 """petalfl: block-wise multimodal federated learning for edge devices."""
 
-from petalfl.client import EdgeClient, RoundInfo
+from typing import TYPE_CHECKING, Any
+
 from petalfl.errors import (
     DataError,
     EnrollError,
@@ -10,6 +11,20 @@ from petalfl.errors import (
     TransportError,
     WireError,
 )
+
+if TYPE_CHECKING:
+    from petalfl.client import EdgeClient, RoundInfo
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Loads the client when it is first asked for: numpy and asyncio come with it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from petalfl import client
+
+        globals()[name] = value = getattr(client, name)
+        return value
+
 
 __all__ = [
     "DataError",

@@ -8,7 +8,6 @@ Installed over each other, they leave a mixture of files.
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -119,6 +118,13 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     for package in packages:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:
+        except ModuleNotFoundError:  # PackageNotFoundError is one
             continue
     return found
+
+
+def version(package: str) -> str:
+    """As `importlib.metadata.version`, which is imported late: it would slow every start."""
+    from importlib import metadata
+
+    return metadata.version(package)
