@@ -741,10 +741,15 @@ def test_each_phase_has_its_epochs_its_max_steps_and_a_fresh_optimizer() -> None
 
 
 def test_the_loss_is_the_whole_one_in_both_phases() -> None:
-    """Where nothing moves, is drawn or left out, every step has the same loss."""
+    """Also of a head that no training block needs; nothing moves, is drawn or left out."""
     still = replace(ALTERNATING, learning_rate=0.0, batch_size=8)
-    manifest = fusionless_manifest()
-    result = run(still, manifest=manifest, length=8, shared={"encoder-a", "head-q"})
+    manifest = make_manifest(
+        {"a": 2},
+        make_block("encoder-a", ("a",), 2, 2),
+        make_block("head-p", ("encoder-a",), 2, 2),
+        make_block("head-q", ("encoder-a",), 2, 2),
+    )
+    result = run(still, manifest=manifest, length=8, shared={"encoder-a", "head-p"})
     assert result.num_steps == 2
     assert result.losses[0] == pytest.approx(result.losses[1], rel=1e-6)
 
