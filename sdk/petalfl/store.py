@@ -4,27 +4,38 @@
 outbox of what has no receipt yet and the residuals of lossy codecs, ``shared.msgpack`` the newest
 shared blocks, ``artifacts/`` the model's files. State and outbox are one file, so that after a
 crash a round has either been trained and its updates wait in the outbox, or it has not been
-trained at all.
+trained at all. Of each of the three the good one before it stays, as ``.previous``, and takes over
+when the newest is damaged; docs/device_store.md says what follows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
-import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgpack
 
-from petalfl.errors import StoreError
+from petalfl.errors import ModelError, StoreError
 from petalfl.files import write_atomic
-from petalfl.model import MAX_BLOCK_SIZE
+from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, ModelManifest
 from petalfl.schema import Limit, Name, plain, read
+from petalfl.sealed import HEADER_BYTES, DamagedError, Seal
 
-_DIGEST_BYTES = 32
+log = logging.getLogger("petalfl.store")
+# What to do when both copies are damaged, by name; shared blocks can be downloaded again.
+_WAY_OUT = {
+    "identity.json": "restore the folder, or delete it and enroll as another device",
+    "state.msgpack": "restore both or delete both; then the private blocks begin anew",
+    "shared.msgpack": "",
+}
 _VectorBytes = Annotated[bytes, Limit(0, 4 * MAX_BLOCK_SIZE)]
 T = TypeVar("T")
 
@@ -80,13 +91,23 @@ class Shared:
 class DeviceStore:
     """Opens the folder for this process alone; a second opening is refused.
 
+    Files of older formats are rewritten in today's, with a key encrypted ones in place of plain
+    ones, and what a crash or an older model left behind is removed.
+
+    Args:
+        key: 32 random bytes that the app keeps; encrypts identity, state and shared blocks.
+
     Raises:
-        StoreError: Another process has it open, or it cannot be written.
+        StoreError: Another process has it open, it cannot be written, it is of a newer petalfl,
+            ``key`` is not its key, or both copies of a file are damaged.
+        ValueError: ``key`` is not 32 bytes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None) -> None:
         self.folder = folder
         self.artifacts = folder / "artifacts"
+        self._seal = Seal(key)
+        self._sound: set[str] = set()  # whose newest this process has read or written
         try:
             self.artifacts.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -99,6 +120,13 @@ class DeviceStore:
             raise StoreError(
                 f"the device store {folder} is open already; give every client its own"
             ) from error
+        try:
+            for name in _WAY_OUT:
+                self._bring_up_to_date(name)
+            self._remove_leftovers()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lets another process open the folder."""
@@ -108,43 +136,34 @@ class DeviceStore:
 
     def read_identity(self) -> Identity | None:
         """Who this device is; None before its first enrollment."""
-        path = self.folder / "identity.json"
-        data = self._read(path)
-        if data is None:
-            return None
-        try:
-            value = json.loads(data)
-            identity = read(Identity, value.pop("identity") if isinstance(value, dict) else value)
-        except (KeyError, ValueError) as error:
-            raise StoreError(f"{path} is damaged: {error}") from error
-        if value != {"sha256": _checksum(identity)}:
-            raise StoreError(f"{path} is damaged: its checksum is wrong")
-        return identity
+        return self._read_kept("identity.json", Identity)
 
     def write_identity(self, identity: Identity) -> None:
         """Keeps the credential; the file is readable by its owner alone."""
-        value = {"identity": plain(identity), "sha256": _checksum(identity)}
-        self._write("identity.json", json.dumps(value, indent=1).encode())
+        self._write_kept("identity.json", identity)
 
     def read_state(self) -> State:
         """The state; an empty one before the first round."""
-        return self._read_checked("state.msgpack", State) or State()
+        return self._read_kept("state.msgpack", State) or State()
 
     def write_state(self, state: State) -> None:
         """Replaces private blocks and outbox as one."""
-        self._write_checked("state.msgpack", state)
+        self._write_kept("state.msgpack", state)
 
     def read_shared(self) -> Shared:
-        """The shared blocks; none before the first download."""
-        return self._read_checked("shared.msgpack", Shared) or Shared({}, {})
+        """The shared blocks; none before the first download, or when they are lost."""
+        return self._read_kept("shared.msgpack", Shared) or Shared({}, {})
 
     def write_shared(self, shared: Shared) -> None:
         """Replaces the shared blocks."""
-        self._write_checked("shared.msgpack", shared)
+        self._write_kept("shared.msgpack", shared)
 
     def read_file(self, path: str) -> bytes | None:
         """An artifact's bytes, None when it is not there."""
-        return self._read(self.artifacts / path)
+        try:
+            return _read(self.artifacts / path)
+        except OSError as error:
+            raise StoreError(f"cannot read {self.artifacts / path}: {error}") from error
 
     def write_file(self, path: str, data: bytes) -> None:
         """Keeps an artifact; ``path`` was checked when the manifest was read."""
@@ -153,39 +172,149 @@ class DeviceStore:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make {folder}: {error}") from error
-        self._write(f"artifacts/{path}", data)
+        with _writing(self.artifacts / path):
+            write_atomic(self.artifacts / path, data)
 
-    def _read_checked(self, name: str, cls: type[T]) -> T | None:
-        path = self.folder / name
-        data = self._read(path)
-        if data is None:
+    def _read_kept(self, name: str, cls: type[T]) -> T | None:
+        body = self._load(name)
+        if body is None:
             return None
-        digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            raise StoreError(f"{path} is damaged: its checksum is wrong; restore or delete it")
         try:
-            return read(cls, msgpack.unpackb(body, max_bin_len=4 * MAX_BLOCK_SIZE))
+            return read(cls, _decode(name, body))
         except ValueError as error:
-            raise StoreError(f"{path} is not readable by this version: {error}") from error
+            raise StoreError(
+                f"{self.folder / name} is not readable by this version: {error}"
+            ) from error
 
-    def _read(self, path: Path) -> bytes | None:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
+    def _write_kept(self, name: str, value: Any) -> None:
+        body = _encode(name, plain(value))
+        if name not in self._sound:
+            self._load(name)  # what is damaged must not become the good one before
+        self._write(name, body, self._previous(name))
+
+    def _write(self, name: str, body: bytes, previous: Path | None) -> None:
+        path = self.folder / name
+        data = self._seal.wrap(name, body)
+        with _writing(path):
+            write_atomic(path, data, previous=previous)
+        self._sound.add(name)
+
+    def _load(self, name: str) -> bytes | None:
+        """The newest copy's body; one that is damaged gives way to the one before."""
+        path, previous = self.folder / name, self._previous(name)
+        self._sound.discard(name)
+        newest = self._unwrap(name, path)
+        if isinstance(newest, bytes):
+            self._sound.add(name)
+            return newest
+        before = self._unwrap(name, previous)
+        if newest is None and before is None:
             return None
+        fault = f"{path} is {'missing' if newest is None else f'damaged: {newest}'}"
+        if not isinstance(before, bytes) and _WAY_OUT[name]:
+            fate = "missing" if before is None else f"damaged: {before}"
+            raise StoreError(f"{fault}; {previous.name} is {fate}; {_WAY_OUT[name]}")
+        with _writing(path):
+            if newest is not None:
+                path.replace(self._damaged(name))
+            if isinstance(before, bytes):
+                previous.replace(path)
+            else:
+                previous.unlink(missing_ok=True)
+        if not isinstance(before, bytes):
+            log.warning("%s; it is downloaded again", fault)
+            return None
+        log.warning("%s; going on with the one before", fault)
+        self._sound.add(name)
+        return before
+
+    def _unwrap(self, name: str, path: Path) -> bytes | DamagedError | None:
+        try:
+            data = _read(path)
+            return None if data is None else self._seal.unwrap(name, data)
+        except DamagedError as error:
+            return error
         except OSError as error:
+            if error.errno == errno.EIO:  # how flash memory fails
+                return DamagedError(str(error))
             raise StoreError(f"cannot read {path}: {error}") from error
 
-    def _write_checked(self, name: str, value: Any) -> None:
-        body = msgpack.packb(plain(value))
-        self._write(name, hashlib.sha256(body).digest() + body)
-
-    def _write(self, name: str, data: bytes) -> None:
+    def _bring_up_to_date(self, name: str) -> None:
+        """Leaves no copy of an older format, and with a key none that is not encrypted."""
+        path, previous, damaged = self.folder / name, self._previous(name), self._damaged(name)
+        copies = (path, previous, *([damaged] if self._seal.has_key else []))
         try:
-            write_atomic(self.folder / name, data)
-        except OSError as error:
-            raise StoreError(f"cannot write {self.folder / name}: {error}") from error
+            headers = [_read(copy, HEADER_BYTES) for copy in copies]
+        except OSError:
+            headers = [b""]  # reading it whole says more
+        if all(header is None or self._seal.is_of(header) for header in headers):
+            return
+        body = self._load(name)
+        if body is not None:
+            self._write(name, body, None if self._seal.has_key else previous)
+        if self._seal.has_key:
+            with _writing(path):
+                previous.unlink(missing_ok=True)
+                damaged.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Removes half-written files, and artifacts that the manifest no longer names."""
+        try:
+            manifest = ModelManifest.from_json(_read(self.artifacts / MANIFEST_NAME) or b"")
+            named = {MANIFEST_NAME, *_paths(manifest)}
+        except (ModelError, OSError):
+            named = None  # the first download was cut off: what is there is of use
+        with _writing(self.folder):
+            for name in _WAY_OUT:
+                (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+            for path in self.artifacts.rglob("*"):
+                is_of_use = (
+                    path.suffix != ".tmp"
+                    if named is None
+                    else (path.relative_to(self.artifacts).as_posix() in named)
+                )
+                if not is_of_use and path.is_file():
+                    path.unlink()
+
+    def _previous(self, name: str) -> Path:
+        return self.folder / f"{name}.previous"
+
+    def _damaged(self, name: str) -> Path:
+        return self.folder / f"{name}.damaged"
 
 
-def _checksum(identity: Identity) -> str:
-    return hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
+def _paths(manifest: ModelManifest) -> Iterator[str]:
+    for artifact in manifest.optimizers.values():
+        yield artifact.path
+    for block in manifest.blocks:
+        for artifact in (*block.artifacts.graphs, block.artifacts.parameters):
+            yield artifact.path
+
+
+def _encode(name: str, value: Any) -> bytes:
+    if name.endswith(".json"):
+        return json.dumps(value, sort_keys=True).encode()
+    data: bytes = msgpack.packb(value)
+    return data
+
+
+def _decode(name: str, body: bytes) -> Any:
+    if name.endswith(".json"):
+        return json.loads(body)
+    return msgpack.unpackb(body, max_bin_len=4 * MAX_BLOCK_SIZE)
+
+
+def _read(path: Path, num_bytes: int = -1) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
