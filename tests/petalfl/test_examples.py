@@ -363,6 +363,7 @@ def test_age(tmp_path: Path) -> None:
         assert values_of(store) == list(range(1, 10))
     clock.time_s += 3 * DAY_S
     with ExampleStore(tmp_path, max_age_s=16 * DAY_S, now_s=clock) as store:
+        assert len(store) == 6
         assert values_of(store) == list(range(4, 10))
         clock.time_s += 6 * DAY_S
         last = store.append({"acc": [99]}, 0)
@@ -425,6 +426,7 @@ def survivors(path: Path, data: bytes) -> list[int]:
     """Opens on these bytes; whatever they are, the store works on and is whole again."""
     path.write_bytes(data)
     with ExampleStore(path.parent) as store:
+        assert store.num_bytes == sum(p.stat().st_size for p in segments_of(path.parent))
         kept = values_of(store) if len(store) else []
         store.append({"acc": [9]}, 9)
     with ExampleStore(path.parent) as store:
@@ -629,6 +631,21 @@ def test_a_torn_record_that_cannot_be_cut_off(
     store.close()
     with ExampleStore(store.folder) as again:
         assert values_of(again) == list(range(1, 65))
+
+
+def test_files_deleted_underneath(store: ExampleStore) -> None:
+    """No file with a hole takes their place; opened again, the store begins anew."""
+    last = store.append({"acc": [1]}, 1)
+    segments_of(store.folder)[0].unlink()
+    with pytest.raises(StoreError, match=r"cannot append .*No such file"):
+        store.append({"acc": [2]}, 2)
+    with pytest.raises(StoreError, match=r"cannot read .*No such file"):
+        store.snapshot()
+    with pytest.raises(StoreError, match=r"cannot flush .*No such file"):
+        store.close()
+    with ExampleStore(store.folder) as again:
+        assert len(again) == 0
+        assert again.append({"acc": [3]}, 3) > last
 
 
 LIMITED = """
