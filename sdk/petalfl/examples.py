@@ -559,7 +559,7 @@ def _pack_array(where: str, value: ArrayLike) -> tuple[str, tuple[int, ...], byt
         raise DataError(f"{where}: found no array: {error}") from error
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise DataError(f"{where}: found {array.dtype}, expected numbers of 64 bits at most")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if not np.isfinite(array).all():
         raise DataError(f"{where}: found NaN or infinity")
     dtype = array.dtype.newbyteorder("<")
     return dtype.str, array.shape, array.astype(dtype, copy=False).tobytes()

@@ -427,6 +427,7 @@ def survivors(path: Path, data: bytes) -> list[int]:
     path.write_bytes(data)
     with ExampleStore(path.parent) as store:
         assert store.num_bytes == sum(p.stat().st_size for p in segments_of(path.parent))
+        assert len(store) or not segments_of(path.parent)
         kept = values_of(store) if len(store) else []
         store.append({"acc": [9]}, 9)
     with ExampleStore(path.parent) as store:
