@@ -82,6 +82,37 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]  # it does not fill the disk up further
+
+
+def test_the_old_file_stays_as_previous(tmp_path: Path) -> None:
+    path, previous = tmp_path / "file", tmp_path / "file.previous"
+    write_atomic(path, b"1", previous=previous)
+    assert not previous.exists()
+    for old, new in ((b"1", b"2"), (b"2", b"3")):
+        write_atomic(path, new, previous=previous)
+        assert (path.read_bytes(), previous.read_bytes()) == (new, old)
+
+
+@pytest.mark.parametrize("num_renames", [0, 1])
+def test_the_old_file_is_there_whatever_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int
+) -> None:
+    path, previous = tmp_path / "file", tmp_path / "file.previous"
+    write_atomic(path, b"old")
+    real, left = Path.replace, [None] * num_renames
+
+    def fail(self: Path, target: Path) -> Path:
+        if not left:
+            raise OSError(5, "Input/output error")
+        left.pop()
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomic(path, b"new", previous=previous)
+    assert list(tmp_path.iterdir()) == [previous if num_renames else path]
+    assert (previous if num_renames else path).read_bytes() == b"old"
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

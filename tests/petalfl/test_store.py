@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalfl.errors import StoreError
+from petalfl.schema import plain
+from petalfl.sealed import FORMAT
 from petalfl.store import DeviceStore, Identity, Outgoing, Residual, Shared, State
+from tests.petalfl.builders import make_block, make_manifest
 
 IDENTITY = Identity("default", "dev-1", "p" * 43, ("fusion", "head"))
 STATE = State(
@@ -423,19 +427,39 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from petalfl.store import DeviceStore, State
-os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
-DeviceStore(Path(sys.argv[1])).write_state(State(8))
+store, left = DeviceStore(Path(sys.argv[1])), int(sys.argv[2])
+def killed(real):
+    def call(*arguments):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return real(*arguments)
+    return call
+os.fsync, Path.replace = killed(os.fsync), killed(Path.replace)
+store.write_state(State(8))
 """
 
 
-def test_killed_before_the_rename(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_done", "files", "expected"),
+    [
+        (0, {"", ".tmp", ".previous"}, STATE),  # before the data's fsync
+        (1, {"", ".tmp", ".previous"}, STATE),
+        (2, {".tmp", ".previous"}, STATE),  # between the renames
+        (3, {"", ".previous"}, State(8)),  # before the folder's fsync
+    ],
+)
+def test_killed(tmp_path: Path, num_done: int, files: set[str], expected: State) -> None:
     store = DeviceStore(tmp_path)
+    store.write_state(State(6))
     store.write_state(STATE)
     store.close()
-    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -9
-    assert (tmp_path / "state.msgpack.tmp").exists()  # so far it came
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(num_done)]
+    assert subprocess.run(command).returncode == -9
+    assert {p.name.removeprefix("state.msgpack") for p in tmp_path.glob("state*")} == files
     again = DeviceStore(tmp_path)
-    assert again.read_state() == STATE
+    assert again.read_state() == expected
     again.write_state(State(9))
     assert again.read_state() == State(9)
     again.close()
@@ -499,3 +523,289 @@ def test_artifacts_folder_that_cannot_be_made(store: DeviceStore) -> None:
     (store.artifacts / "head").write_text("in the way")
     with pytest.raises(StoreError, match="head"):
         store.write_file("head/eval_model.onnx", b"x")
+
+
+class Crash(BaseException):
+    """The power is gone."""
+
+
+def fail_at(patch: pytest.MonkeyPatch, step: int, error: BaseException) -> Iterator[int]:
+    """Raises ``error`` before the file operation ``step`` and all that follow it."""
+    count = itertools.count()
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(count) >= step:
+                raise error
+            return real(*arguments, **named)
+
+        return call
+
+    for owner, name in (
+        (Path, "open"), (Path, "replace"), (Path, "unlink"),
+        (os, "fchmod"), (os, "fsync"), (os, "open"),
+    ):  # fmt: skip
+        patch.setattr(owner, name, failing(getattr(owner, name)))
+    return count
+
+
+@keyed
+@pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")])
+@kept
+def test_a_fault_at_any_step_of_a_write_leaves_old_or_new(
+    tmp_path: Path, name: str, write: Any, read: Any, before: Any, newest: Any,
+    key: bytes | None, error: BaseException,
+) -> None:  # fmt: skip
+    left = []
+    for step in range(50):
+        folder = tmp_path / str(step)
+        store = DeviceStore(folder, key)
+        write(store, before)
+        with pytest.MonkeyPatch.context() as patch:
+            count = fail_at(patch, step, error)
+            try:
+                write(store, newest)
+            except (Crash, StoreError):
+                pass
+            else:
+                assert next(count) <= step  # it is through, and nothing was raised
+                break
+        store.close()
+        again = DeviceStore(folder, key)
+        left.append(read(again) == newest)
+        assert left[-1] or read(again) == before
+        write(again, newest)
+        assert read(again) == newest
+        assert not list(folder.glob("*.tmp"))
+        again.close()
+    store.close()
+    # open, fchmod, fsync, rename, rename leave the old one; then the folder's open and fsync
+    assert left == [False] * 5 + [True] * 2
+
+
+@kept
+def test_a_crash_at_any_step_of_a_recovery(
+    tmp_path: Path, name: str, write: Any, read: Any, before: Any, newest: Any
+) -> None:
+    for step in range(50):
+        folder = tmp_path / str(step)
+        store = DeviceStore(folder)
+        write(store, before)
+        write(store, newest)
+        (folder / name).write_bytes(b"rubbish")
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, step, Crash())
+            try:
+                assert read(store) == before
+                break
+            except Crash:
+                pass
+        store.close()
+        again = DeviceStore(folder)
+        assert read(again) == before
+        again.close()
+    store.close()
+    assert step == 4  # two files read, two renamed
+
+
+# Formats
+
+
+def fill(store: DeviceStore) -> None:
+    for write, before, newest in ((k[1], k[3], k[4]) for k in KEPT):
+        write(store, before)
+        write(store, newest)
+
+
+def assert_full(store: DeviceStore) -> None:
+    assert store.read_identity() == IDENTITY
+    assert store.read_state() == STATE
+    assert store.read_shared() == SHARED
+
+
+def fill_format_1(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("state.msgpack", STATE), ("shared.msgpack", SHARED)):
+        body = msgpack.packb(plain(value))
+        (folder / name).write_bytes(hashlib.sha256(body).digest() + body)
+    identity = plain(IDENTITY)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    data = json.dumps({"identity": identity, "sha256": digest}, indent=1)
+    (folder / "identity.json").write_text(data)
+
+
+@keyed
+def test_format_1_is_migrated_when_it_is_opened(tmp_path: Path, key: bytes | None) -> None:
+    fill_format_1(tmp_path)
+    store = DeviceStore(tmp_path, key)
+    for name, *_ in KEPT:
+        header = (tmp_path / name).read_bytes()[:42]
+        assert (header[:8], struct.unpack(">H", header[40:])) == (b"petalfl\n", (FORMAT,))
+    assert_full(store)
+    store.close()
+    assert_full(again := DeviceStore(tmp_path, key))
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["identity.json", "state.msgpack"])
+def test_damaged_format_1_is_refused(tmp_path: Path, name: str) -> None:
+    fill_format_1(tmp_path)
+    good = (tmp_path / name).read_bytes()
+    for bad in itertools.islice(damaged(good), 0, None, 7):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(StoreError, match=f"{name} is damaged"):
+            DeviceStore(tmp_path)
+    (tmp_path / name).write_bytes(good)
+    assert_full(store := DeviceStore(tmp_path))  # nothing was lost, and nobody holds the lock
+    store.close()
+
+
+@pytest.mark.parametrize("name", [k[0] for k in KEPT])
+def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    store = DeviceStore(tmp_path)
+    fill(store)
+    store.close()
+    rest = struct.pack(">H", FORMAT + 1) + b"whatever comes"
+    newer = b"petalfl\n" + hashlib.sha256(rest).digest() + rest
+    (tmp_path / name).write_bytes(newer)
+    for key in (None, KEY):
+        with pytest.raises(StoreError, match=f"{name} is of format 3, .* update petalfl"):
+            DeviceStore(tmp_path, key)
+    assert (tmp_path / name).read_bytes() == newer
+
+
+# Encryption
+
+
+def secrets_in(folder: Path) -> list[str]:
+    secrets = (IDENTITY.password.encode(), STATE.private["head"], SHARED.vectors["encoder-acc"])
+    data = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return [name for name, found in data.items() if any(secret in found for secret in secrets)]
+
+
+def test_with_a_key_nothing_private_can_be_read(tmp_path: Path) -> None:
+    for key, found in ((None, 4), (KEY, 0)):  # the identity before has the same password
+        store = DeviceStore(tmp_path / str(found), key)
+        fill(store)
+        assert len(secrets_in(store.folder)) == found
+        assert_full(store)
+        store.close()
+
+
+def test_a_plain_store_becomes_encrypted_and_leaves_no_plain_copy(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path)
+    fill(store)
+    fill(store)
+    for name, *_ in KEPT:
+        (tmp_path / f"{name}.damaged").write_bytes((tmp_path / name).read_bytes())
+        (tmp_path / f"{name}.tmp").write_bytes((tmp_path / name).read_bytes())
+    store.close()
+    assert len(secrets_in(tmp_path)) == 4 + 3 + 3
+    store = DeviceStore(tmp_path, KEY)
+    assert secrets_in(tmp_path) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["artifacts", "lock", *(k[0] for k in KEPT)]
+    )
+    assert_full(store)
+    store.close()
+
+
+def test_a_crash_at_any_step_on_the_way_to_encryption(tmp_path: Path) -> None:
+    for step in range(200):
+        folder = tmp_path / str(step)
+        store = DeviceStore(folder)
+        fill(store)
+        store.close()
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, step, Crash())
+            try:
+                store = DeviceStore(folder, KEY)
+            except Crash:
+                pass
+            else:
+                break
+        again = DeviceStore(folder, KEY)
+        assert_full(again)
+        assert secrets_in(folder) == []
+        again.close()
+    assert step > 20
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [(None, "is encrypted; open the device store with its key"), (bytes(32), "the key is not the")],
+    ids=["none", "another"],
+)
+def test_the_wrong_key(tmp_path: Path, key: bytes | None, message: str) -> None:
+    store = DeviceStore(tmp_path, KEY)
+    fill(store)
+    store.close()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    for _ in range(2):
+        with pytest.raises(StoreError, match=message):
+            DeviceStore(tmp_path, key)
+    (tmp_path / "state.msgpack").write_bytes(b"rubbish")  # damaged, and the one before is foreign
+    with pytest.raises(StoreError, match=message):
+        DeviceStore(tmp_path, key)
+    (tmp_path / "state.msgpack").write_bytes(before[tmp_path / "state.msgpack"])
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert_full(again := DeviceStore(tmp_path, KEY))
+    again.close()
+
+
+def test_swapped_files_are_noticed(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path, KEY)
+    store.write_state(STATE)
+    store.write_shared(SHARED)
+    (tmp_path / "state.msgpack").write_bytes((tmp_path / "shared.msgpack").read_bytes())
+    with pytest.raises(StoreError, match="not encrypted under this name"):
+        store.read_state()
+    store.close()
+
+
+# Bounds
+
+
+def test_no_more_than_three_copies(store: DeviceStore) -> None:
+    for round_num in range(1, 9):
+        fill(store)
+        for name, _, read, *_ in KEPT:
+            (store.folder / name).write_bytes(b"rubbish %d" % round_num)
+            read(store)
+    fill(store)
+    assert sorted(p.name for p in store.folder.iterdir() if p.is_file()) == sorted(
+        ["lock", *(f"{k[0]}{end}" for k in KEPT for end in ("", ".previous", ".damaged"))]
+    )
+
+
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    encoder = make_block("encoder-acc", ("acc",), 2, 3)
+    head = make_block("head", ("encoder-acc",), 2, 2)
+    manifest = make_manifest({"acc": 3}, encoder, head)
+    store = DeviceStore(tmp_path)
+    fill(store)
+    named = ["head/eval_model.onnx", "head/parameters.bin", "optimizers/sgd.onnx"]
+    for path in (*named, "head/old.onnx", "encoder-old/eval_model.onnx", "head/x.onnx.tmp"):
+        store.write_file(path, b"x")
+    (tmp_path / "state.msgpack.tmp").write_bytes(b"x")
+    (tmp_path / "notes.tmp").write_bytes(b"of the app's")
+    store.close()
+
+    store = DeviceStore(tmp_path)  # no manifest yet: a download was cut off
+    assert not (tmp_path / "state.msgpack.tmp").exists()
+    assert store.read_file("head/x.onnx.tmp") is None
+    assert store.read_file("head/old.onnx") == b"x"
+    store.write_file("manifest.json", manifest.to_json())
+    store.close()
+
+    store = DeviceStore(tmp_path)
+    files = [p for p in store.artifacts.rglob("*") if p.is_file()]
+    assert sorted(p.relative_to(store.artifacts).as_posix() for p in files) == [
+        *named[:2],
+        "manifest.json",
+        named[2],
+    ]
+    assert (tmp_path / "notes.tmp").exists()
+    assert_full(store)
+    store.close()
