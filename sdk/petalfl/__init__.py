@@ -13,7 +13,7 @@ from petalfl.errors import (
 )
 
 if TYPE_CHECKING:
-    from petalfl.client import EdgeClient, RoundInfo
+    from petalfl.client import EdgeClient, RoundInfo, RoundMetrics
 else:
 
     def __getattr__(name: str) -> Any:
@@ -33,6 +33,7 @@ __all__ = [
     "ModelError",
     "PetalError",
     "RoundInfo",
+    "RoundMetrics",
     "StoreError",
     "TransportError",
     "WireError",

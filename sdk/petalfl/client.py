@@ -10,11 +10,12 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,13 +25,13 @@ from petalfl.backoff import delays
 from petalfl.codecs import KINDS
 from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
-from petalfl.engine import Arrays
-from petalfl.errors import PetalError, StoreError, TransportError, WireError
+from petalfl.errors import DataError, PetalError, StoreError, TransportError, WireError
 from petalfl.http import NotThereError
 from petalfl.inbox import Inbox
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.pacing import Pacing, Stopped
 from petalfl.runtime import EngineName, find_runtime
 from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
 from petalfl.training import TrainingResult, train
@@ -53,6 +54,31 @@ class RoundInfo:
     num_rounds: int
 
 
+@dataclass(frozen=True, slots=True)
+class RoundMetrics:
+    """What the training of a round came to.
+
+    Attributes:
+        loss: Mean over the round's steps.
+        num_examples: Of the device's data; its weight in the mean.
+        num_steps: Batches trained on.
+        seconds: From the first batch to the last, pauses included.
+    """
+
+    round_num: int
+    loss: float
+    num_examples: int
+    num_steps: int
+    seconds: float
+
+
+class _LocalData(NamedTuple):
+    """Checked: inputs by modality and labels by task, all of one length."""
+
+    inputs: dict[str, NDArray[Any]]
+    labels: dict[str, NDArray[Any]]
+
+
 class EdgeClient:
     """Trains a device's blocks on its own data and shares what may be shared.
 
@@ -69,6 +95,12 @@ class EdgeClient:
         on_round: Called, on the training thread, when a round's blocks are in place and before
             they are trained: the moment to evaluate.
         on_progress: Called, on the training thread, with the batches done and their total.
+        on_metrics: Called, on the training thread, when a round has been trained.
+        on_error: Called with what goes wrong: what the client survives, such as a server that is
+            away for a while, and what ends `run`, which raises it as well.
+        should_train: Asked, on the training thread, before and between batches. While it says
+            False, training rests where it is, and it is asked again every few seconds: is the
+            device charging, idle, cool?
         num_threads: Of each ONNX Runtime session.
         engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
             insist on that line of packages.
@@ -96,6 +128,9 @@ class EdgeClient:
         federation: str = "default",
         on_round: Callable[[RoundInfo], None] = lambda info: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_metrics: Callable[[RoundMetrics], None] = lambda metrics: None,
+        on_error: Callable[[PetalError], None] = lambda error: None,
+        should_train: Callable[[], bool] = lambda: True,
         num_threads: int = 1,
         engine: EngineName = "auto",
         executor: Executor | None = None,
@@ -105,7 +140,9 @@ class EdgeClient:
         self._device = device or f"device-{secrets.token_hex(4)}"
         topics.status(federation, self._device)  # refuses malformed names here and now
         self._data, self._labels = data, labels
+        self._local = _LocalData({}, {})
         self._on_round, self._on_progress = on_round, on_progress
+        self._on_metrics, self._on_error = on_metrics, on_error
         self._num_threads, self._engine, self._executor = num_threads, engine, executor
         self._store = DeviceStore(Path(store))
         try:
@@ -118,7 +155,10 @@ class EdgeClient:
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
         self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
-        self._is_stopping = threading.Event()  # for the training thread
+        self._pacing = Pacing(should_train)  # of the training thread
+        self._thread: threading.Thread | None = None
+        self._has_begun = threading.Event()
+        self._announce_again: Callable[[], None] = lambda: None  # on the event loop
         self._stopped: asyncio.Event | None = None  # for the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -143,23 +183,104 @@ class EdgeClient:
         """
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self._is_stopping.clear()
-        session = await self._call(self._prepare)
-        inputs, labels = self._checked_data()
-        await self._take_part(session, inputs, labels)
+        self._pacing.begin()
+        self._has_begun.set()
+        try:
+            session = await self._call(self._prepare)
+            self._local = self._checked(self._data, self._labels)
+            await self._take_part(session)
+        except PetalError as error:
+            self._on_error(error)
+            raise
+        finally:
+            self._loop = None
+
+    def start(self) -> None:
+        """`run` on a thread of its own, until `stop`; what ends it is told to ``on_error``.
+
+        Raises:
+            RuntimeError: It is running already.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            raise RuntimeError("the client is running already; stop it first")
+        self._has_begun.clear()
+        self._thread = threading.Thread(target=self._run_aside, name="petalfl", daemon=True)
+        self._thread.start()
+        self._has_begun.wait()  # a `stop` from here on counts
+
+    def _run_aside(self) -> None:
+        try:
+            self.run()
+        except Exception as error:  # a thread has nobody to raise it to
+            log.error("%s takes no part any longer: %s", self.device, error,
+                      exc_info=not isinstance(error, PetalError))  # fmt: skip
+
+    def pause(self) -> None:
+        """Lets training rest, within a batch, until `resume`; from any thread.
+
+        The connection stays, and a round goes on where it was. The server waits for it until
+        its deadline.
+        """
+        self._pacing.pause()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._pacing.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Between `pause` and `resume`."""
+        return self._pacing.is_paused
+
+    def set_data(self, data: Mapping[str, ArrayLike], labels: Labels) -> None:
+        """Trains on other data from the next round on; from any thread.
+
+        Modalities may come and go between rounds: without those of a watch that was taken off, the
+        device goes on with the blocks of the others. A round under way that asked for more does
+        not count.
+
+        Args:
+            data: As in the constructor; of a client that runs, of modalities that it began with.
+            labels: As in the constructor.
+
+        Raises:
+            DataError: The data does not fit the model, or has modalities or tasks whose blocks the
+                running client does not hold. Nothing changes.
+        """
+        if (loop := self._loop) is not None:
+            local = self._checked(data, labels)
+            model = self._current_model()
+            lacking = {b.name for b in model.manifest.blocks_for(*local)} - {
+                b.name for b in model.held
+            }
+            if lacking:
+                raise DataError(
+                    f"this device does not hold {', '.join(sorted(lacking))}; stop the client, "
+                    f"set the data and run it again"
+                )
+            self._local = local
+            self._data, self._labels = data, labels
+            with contextlib.suppress(RuntimeError):  # it has ended in this very moment
+                loop.call_soon_threadsafe(self._announce_again)
+        else:
+            self._data, self._labels = data, labels
 
     def stop(self) -> None:
         """Makes `run` return within a batch; from any thread.
 
         A round that is being trained is given up and trained again next time; an update on its
-        way stays in the outbox.
+        way stays in the outbox. A pause ends with it. `close` waits until it is so.
         """
-        self._is_stopping.set()
-        if self._loop is not None and self._stopped is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stopped.set)
+        self._pacing.stop()
+        if (loop := self._loop) is not None and self._stopped is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended in this very moment
+                loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self) -> None:
-        """Gives the store back to other clients."""
+        """Ends what `start` began, and gives the store back to other clients."""
+        if self._thread is not None:
+            self.stop()
+            self._thread.join()
         self._store.close()
 
     def __enter__(self) -> EdgeClient:
@@ -205,12 +326,12 @@ class EdgeClient:
         self._current_model()
         return self._downlink.get_session()
 
-    def _checked_data(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    def _checked(self, data: Mapping[str, ArrayLike] | None, labels: Labels | None) -> _LocalData:
         manifest = self._current_model().manifest
-        inputs = check_inputs(manifest, self._data or {})
+        inputs = check_inputs(manifest, data or {})
         length = len(next(iter(inputs.values())))
-        labels: Labels = self._labels if self._labels is not None else np.empty(0)
-        return inputs, check_labels(manifest, labels, length)
+        labels = labels if labels is not None else np.empty(0)
+        return _LocalData(inputs, check_labels(manifest, labels, length))
 
     def _current_model(self) -> LocalModel:
         with self._model_lock:
@@ -250,22 +371,23 @@ class EdgeClient:
 
     # Taking part: tasks come down, updates go up.
 
-    async def _take_part(self, session: Session, inputs: Arrays, labels: Arrays) -> None:
+    async def _take_part(self, session: Session) -> None:
         inbox = Inbox()
-        tasks = tuple(sorted(labels))
 
         def announce() -> None:
-            _in_background(self._announce(transport, tasks))
+            _in_background(self._announce(transport))
 
         transport = await self._connect(session, announce)
         uplink = Uplink(transport, self._federation, self.device)
         handler = functools.partial(_receive, inbox, uplink)
         try:
             await transport.subscribe(topics.all_down(self._federation, self.device), handler)
-            await self._announce(transport, tasks)
-            worker = asyncio.create_task(self._work(inbox, uplink, inputs, labels, announce))
+            self._announce_again = announce
+            await self._announce(transport)
+            worker = asyncio.create_task(self._work(inbox, uplink, announce))
             await self._until_stopped(worker)
         finally:  # however it ends: no later round waits for this device
+            self._announce_again = lambda: None
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._say_goodbye(transport), GOODBYE_TIMEOUT_S)
             await transport.close()
@@ -287,10 +409,13 @@ class EdgeClient:
         await transport.connect()
         return transport
 
-    async def _announce(self, transport: Transport, tasks: tuple[str, ...]) -> None:
+    async def _announce(self, transport: Transport) -> None:
         """Says that the device is here and can take a task, at the start and after a break."""
         online = wire.encode(wire.Status(is_online=True))
-        ready = wire.encode(wire.Ready(tuple(sorted(self._data or {})), tasks, KINDS))
+        held = self._local
+        ready = wire.encode(
+            wire.Ready(tuple(sorted(held.inputs)), tuple(sorted(held.labels)), KINDS)
+        )
         topic = topics.status(self._federation, self.device)
         await transport.publish(topic, online, retain=True)
         await transport.publish(topics.request(self._federation, self.device), ready, retain=True)
@@ -308,20 +433,13 @@ class EdgeClient:
             if worker.done() and not self._stopped.is_set():
                 worker.result()
         finally:
-            self._is_stopping.set()  # training gives way within a batch
+            self._pacing.stop()  # training gives way within a batch
             stopped.cancel()
             worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError, PetalError, _Stopped):
+            with contextlib.suppress(asyncio.CancelledError, PetalError, Stopped):
                 await worker
 
-    async def _work(
-        self,
-        inbox: Inbox,
-        uplink: Uplink,
-        inputs: Arrays,
-        labels: Arrays,
-        announce: Callable[[], None],
-    ) -> None:
+    async def _work(self, inbox: Inbox, uplink: Uplink, announce: Callable[[], None]) -> None:
         doubted = 0  # a round long trained, of which the server was asked whether it means it
         while True:
             task = await inbox.get()
@@ -335,7 +453,7 @@ class EdgeClient:
                 doubted = 0
                 if not await self._fetch_patiently(task, inbox, announce):
                     continue
-                await self._call(self._train_round, task, inputs, labels)
+                await self._call(self._train_round, task)
             elif task.round_num < self._state.round_num or not self._state.outbox:
                 # A replay; or the server has gone back to a backup, and then it says it again.
                 log.warning("ignored a task of round %d, long trained", task.round_num)
@@ -368,7 +486,7 @@ class EdgeClient:
                 log.warning("no blocks (%s): asking for another task", error)
                 announce()
             except TransportError as error:  # the server may be on its way back
-                log.warning("no blocks yet (%s): trying again", error)
+                self._report(TransportError(f"no blocks yet ({error}): trying again"))
             if await inbox.has_other_than(task, delay_s):
                 return False
         return True
@@ -393,17 +511,20 @@ class EdgeClient:
             versions = {name: pointer.version for name, pointer in self._pointers.items()}
             self._store.write_shared(Shared(versions, vectors))
 
-    def _train_round(self, task: wire.Task, inputs: Arrays, labels: Arrays) -> None:
+    def _train_round(self, task: wire.Task) -> None:
         """Trains one round and writes private blocks and outbox in one atomic step."""
+        self._pacing.wait()
         self._on_round(RoundInfo(task.round_num, task.num_rounds))
-        model = self._current_model()
+        model, (inputs, labels) = self._current_model(), self._local
         held = model.manifest.blocks_for(inputs, labels)
         before = {block.name: model.parameters[block.name] for block in held}
         rng = np.random.default_rng([task.seed, task.round_num, _number(self.device)])
+        started_s = time.monotonic()
         result = train(
             model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
             shared=task.blocks, on_batch=self._on_batch,
         )  # fmt: skip
+        seconds = time.monotonic() - started_s
         uploads = task.blocks if task.uploads is None else task.uploads
         outbox, residuals = [], dict(self._state.residuals)
         for block in held:
@@ -425,6 +546,11 @@ class EdgeClient:
         self._state = State(task.round_num, private, tuple(outbox), residuals)
         self._store.write_state(self._state)
         self._replace_parameters(result.parameters)
+        self._on_metrics(
+            RoundMetrics(
+                task.round_num, result.loss, result.num_examples, len(result.losses), seconds
+            )
+        )
 
     def _make_update(
         self,
@@ -445,7 +571,7 @@ class EdgeClient:
         for outgoing in self._state.outbox:
             receipt = await uplink.deliver(outgoing)
             if receipt.status == "rejected":
-                log.warning("the server rejected an update: %s", receipt.reason)
+                self._report(WireError(f"the server rejected an update: {receipt.reason}"))
             rest = tuple(o for o in self._state.outbox if o != outgoing)
             self._state = replace(self._state, outbox=rest)
         await self._keep_outbox(())
@@ -464,10 +590,15 @@ class EdgeClient:
             return False
         return block.name not in self._identity.private_blocks
 
+    def _report(self, error: PetalError) -> None:
+        """Something went wrong that the client survives."""
+        log.warning("%s", error)
+        self._on_error(error)
+
     def _on_batch(self, done: int, total: int) -> None:
-        if self._is_stopping.is_set():
-            raise _Stopped
         self._on_progress(done, total)
+        if done < total:
+            self._pacing.wait()
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs on a thread; when cancelled, lets the thread end before it gives way."""
@@ -476,13 +607,9 @@ class EdgeClient:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            with contextlib.suppress(PetalError, _Stopped):
+            with contextlib.suppress(PetalError, Stopped):
                 await future
             raise
-
-
-class _Stopped(Exception):  # noqa: N818 - no error: it ends training between two batches
-    """The client was told to stop."""
 
 
 def _receive(inbox: Inbox, uplink: Uplink, topic: str, payload: bytes) -> None:

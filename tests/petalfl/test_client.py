@@ -24,6 +24,7 @@ from petalfl import (
     EnrollError,
     PetalError,
     RoundInfo,
+    RoundMetrics,
     StoreError,
     TransportError,
     wire,
@@ -377,6 +378,151 @@ def test_callbacks(busy: Server, make: Make) -> None:
     assert threading.get_ident() not in threads
 
 
+def test_metrics_of_every_round(busy: Server, make: Make) -> None:
+    found: list[RoundMetrics] = []
+    make(busy, "d", on_metrics=found.append).run()
+    assert [m.round_num for m in found] == [1, 2, 3]
+    assert {(m.num_examples, m.num_steps) for m in found} == {(24, 12)}
+    assert all(m.seconds > 0 for m in found)
+    reported = [row["loss"] for row in busy.get("rounds")]
+    assert [m.loss for m in found] == pytest.approx(reported)
+
+
+def test_start_runs_aside(busy: Server, make: Make) -> None:
+    is_held, is_free = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        is_held.set()
+        assert is_free.wait(10)
+
+    client = make(busy, "d", on_progress=hold)
+    client.start()
+    assert is_held.wait(20)
+    with pytest.raises(RuntimeError, match="is running already; stop it first"):
+        client.start()
+    is_free.set()
+    until(lambda: busy.get("status")["is_finished"], "the last round")
+    client.close()
+    assert client._state.round_num == 3
+
+
+@pytest.mark.parametrize("when", ["at once", "amid training"])
+def test_close_ends_what_was_started(busy: Server, make: Make, when: str) -> None:
+    is_training = threading.Event()
+    client = make(busy, "d", on_progress=lambda done, total: is_training.set())
+    client.start()
+    assert when == "at once" or is_training.wait(20)
+    client.close()
+    assert not [t for t in threading.enumerate() if t.name == "petalfl"]
+
+
+def test_what_ends_a_started_client_is_told(idle: Server, make: Make) -> None:
+    errors: list[PetalError] = []
+    client = make(idle, "d", token="guess", on_error=errors.append)
+    client.start()
+    until(lambda: bool(errors), "the error")
+    client.close()
+    assert [type(error) for error in errors] == [EnrollError]
+
+
+def test_an_update_that_was_rejected_is_told(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[PetalError] = []
+
+    async def reject(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+        message = wire.decode(outgoing.message)
+        if isinstance(message, wire.Report):
+            return await deliver(self, outgoing)
+        return wire.Receipt(message.update_id, "rejected", "too long")  # type: ignore[union-attr]
+
+    deliver = Uplink.deliver
+    monkeypatch.setattr(Uplink, "deliver", reject)
+    make(busy, "d", on_error=errors.append).run()
+    assert {str(error) for error in errors} == {"the server rejected an update: too long"}
+
+
+def test_a_pause_lasts_until_resumed_or_stopped(busy: Server, make: Make) -> None:
+    batches: list[int] = []
+
+    def pause_once(done: int, total: int) -> None:
+        batches.append(done)
+        if len(batches) == 2:
+            client.pause()
+
+    client = make(busy, "d", on_progress=pause_once)
+    with running(client):
+        until(lambda: client.is_paused, "the pause")
+        time.sleep(0.3)
+        assert batches == [1, 2]  # within the batch
+        client.resume()
+        until(lambda: busy.get("status")["round_num"] == 2, "round 2")
+        assert batches[:12] == list(range(1, 13))  # the round went on where it was
+        client.pause()
+        time.sleep(0.1)  # `running` stops it: a pause does not hold that up
+
+
+def test_training_rests_while_the_device_says_so(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petalfl.pacing.POLL_S", 0.02)
+    is_charging, num_asked = True, 0
+    batches: list[int] = []
+
+    def unplug(done: int, total: int) -> None:
+        nonlocal is_charging
+        batches.append(done)
+        is_charging = len(batches) != 5
+
+    def should_train() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return is_charging
+
+    client = make(busy, "d", on_progress=unplug, should_train=should_train)
+    with running(client):
+        until(lambda: num_asked > 10, "to be asked again and again")
+        assert batches == [1, 2, 3, 4, 5]
+        is_charging = True
+        until(lambda: busy.get("status")["is_finished"], "the last round")
+    assert len(batches) == 36
+
+
+# Modalities come and go
+
+
+def test_a_modality_that_goes_and_comes_back(busy: Server, make: Make, tmp_path: Path) -> None:
+    """A watch is taken off after the first round, and put on again after the second."""
+    both = {"a": A, "b": B}
+    steps = {1: {"a": A}, 2: both}
+    held: list[tuple[str, ...]] = []
+
+    def change(metrics: RoundMetrics) -> None:
+        held.append(tuple(client._local.inputs))
+        if metrics.round_num in steps:
+            client.set_data(steps[metrics.round_num], LABELS)
+
+    client = make(busy, "d", data=both, on_metrics=change)
+    client.run()
+    assert held == [("a", "b"), ("a",), ("a", "b")]
+    rows = busy.query("SELECT round_num, block FROM updates WHERE round_num > 1 ORDER BY 1, 2")
+    assert rows == [(2, "encoder-a"), (3, "encoder-a"), (3, "encoder-b")]
+
+
+def test_data_that_does_not_fit_changes_nothing(idle: Server, make: Make) -> None:
+    client = make(idle, "fits-not")
+    with running(client):
+        until(lambda: is_ready(idle, "fits-not"), "ready")
+        with pytest.raises(DataError, match="does not hold encoder-b; stop the client"):
+            client.set_data({"a": A, "b": B}, LABELS)
+        with pytest.raises(DataError, match="modality a: found shape"):
+            client.set_data({"a": B}, LABELS)
+        assert client._local.inputs.keys() == {"a"}
+    client.set_data({"a": A[:7]}, LABELS[:7])  # it is looked at when it runs
+    with running(client):
+        until(lambda: len(client._local.inputs["a"]) == 7, "its data")
+
+
 def test_on_round_may_evaluate(busy: Server, make: Make) -> None:
     """The round's blocks are in place by then."""
     scores: list[dict[str, float]] = []
@@ -543,7 +689,7 @@ class Hearing(EdgeClient):
             if answer is not None:
                 inbox.put(answer)
 
-        worker = asyncio.create_task(self._work(inbox, None, {}, {}, announce))  # type: ignore[arg-type]
+        worker = asyncio.create_task(self._work(inbox, None, announce))  # type: ignore[arg-type]
         for message in messages:
             inbox.put(message)
             await asyncio.sleep(0.1)
@@ -559,7 +705,7 @@ class Hearing(EdgeClient):
         if self.tried[-1] not in self.served:
             raise NotThereError("404")
 
-    def _train_round(self, task: wire.Task, inputs: Any, labels: Any) -> None:
+    def _train_round(self, task: wire.Task) -> None:
         self.trained.append(task.round_num)
         self._state = State(task.round_num)
 

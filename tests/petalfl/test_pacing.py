@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from petalfl.pacing import Pacing, Stopped
+
+
+def waiting(pacing: Pacing) -> tuple[threading.Thread, list[str]]:
+    """A thread that waits, and what came of it."""
+    outcome: list[str] = []
+
+    def wait() -> None:
+        try:
+            pacing.wait()
+            outcome.append("goes on")
+        except Stopped:
+            outcome.append("stopped")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+def test_nothing_to_wait_for() -> None:
+    Pacing().wait()
+
+
+def test_stop_and_begin() -> None:
+    pacing = Pacing()
+    pacing.stop()
+    with pytest.raises(Stopped):
+        pacing.wait()
+    pacing.begin()
+    pacing.wait()
+
+
+@pytest.mark.parametrize("end", ["resume", "stop"])
+def test_a_pause_ends(end: str) -> None:
+    pacing = Pacing()
+    pacing.pause()
+    thread, outcome = waiting(pacing)
+    thread.join(0.1)
+    assert thread.is_alive() and pacing.is_paused
+    getattr(pacing, end)()
+    thread.join(5)
+    assert outcome == ["goes on" if end == "resume" else "stopped"]
+    assert not pacing.is_paused
+
+
+def test_it_asks_until_the_device_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.pacing.POLL_S", 0.001)
+    answers = iter([False, False, True])
+    Pacing(lambda: next(answers)).wait()
+    assert next(answers, None) is None
+
+
+def test_stop_does_not_wait_for_the_next_question() -> None:
+    is_asked = threading.Event()
+
+    def should_train() -> bool:
+        is_asked.set()
+        return False
+
+    pacing = Pacing(should_train)
+    thread, outcome = waiting(pacing)
+    assert is_asked.wait(5)
+    pacing.stop()
+    thread.join(2)  # POLL_S is longer
+    assert outcome == ["stopped"]
