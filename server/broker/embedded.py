@@ -32,6 +32,10 @@ BACKOFF_S = (0.5, 30.0)  # between the attempts to start a child again
 _CHILD_MODULE = f"{__package__}._amqtt_child"
 
 
+class _ChildEndedError(BrokerError):
+    """Its process is gone."""
+
+
 class EmbeddedBroker:
     """amqtt on the loopback interface, as a child that cannot outlive this process.
 
@@ -66,7 +70,7 @@ class EmbeddedBroker:
         credential = make_credential(password, federation and topic_level(federation))
         async with self._lock:
             await self._save({**self._credentials, topic_level(device): credential})
-            await self._ask(grant=device, credential=asdict(credential))
+            await self._tell(grant=device, credential=asdict(credential))
 
     async def revoke(self, device: str) -> None:
         """Remove a device's login and cut its connections."""
@@ -74,7 +78,7 @@ class EmbeddedBroker:
             rest = {name: one for name, one in self._credentials.items() if name != device}
             await self._save(rest)
             if device != SERVER_NAME:
-                await self._ask(revoke=device)
+                await self._tell(revoke=device)
 
     async def close(self) -> None:
         """End the child, if there is one."""
@@ -134,6 +138,15 @@ class EmbeddedBroker:
         await asyncio.to_thread(save_credentials, self._path, credentials)
         self._credentials = credentials
 
+    async def _tell(self, **command: Any) -> None:
+        """Sends a change that is saved; if the child ends meanwhile, its successor knows it."""
+        try:
+            await self._ask(**command)
+        except _ChildEndedError as error:
+            if self._keeper is None:
+                raise
+            log.warning("%s", error)
+
     async def _ask(self, **command: Any) -> dict[str, Any]:
         """Send one command and return its answer, skipping those to cancelled commands."""
         number = next(self._numbers)
@@ -171,9 +184,9 @@ async def _read_answer(child: Process) -> dict[str, Any]:
         ) from error
     if not line:
         code = await child.wait()
-        raise BrokerError(
+        raise _ChildEndedError(
             f"the embedded broker (pid {child.pid}) ended with code {code}; its last words are "
-            "on stderr; restart the server"
+            "on stderr"
         )
     answer: dict[str, Any] = json.loads(line)
     return answer

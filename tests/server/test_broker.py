@@ -307,14 +307,31 @@ async def test_not_started(tmp_path: Path) -> None:
         await embedded(tmp_path).grant("dev-1", "pw")
 
 
-async def test_child_ignores_ctrl_c_and_reports_its_death(tmp_path: Path) -> None:
+async def test_child_ignores_ctrl_c(tmp_path: Path) -> None:
     async with running(embedded(tmp_path)) as broker:
         pid = broker._child.pid  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGINT)
         await broker.grant("dev-1", "pw")
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(BrokerError, match="ended with code -9"):
-            await broker.grant("dev-1", "pw")
+        assert broker._child.pid == pid  # type: ignore[attr-defined]
+
+
+async def test_the_next_child_knows_what_the_last_one_did_not_hear(
+    tmp_path: Path,
+    broker_peer: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("server.broker.embedded.BACKOFF_S", (0.01, 0.1))
+    async with running(embedded(tmp_path)) as broker:
+        await broker.grant("dev-1", "pw-1")
+        os.kill(broker._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        await broker.grant("dev-2", "pw-2")
+        await broker.revoke("dev-1")
+        while "listens on port" not in caplog.text:
+            await asyncio.sleep(0.02)
+        assert "ended with code -9" in caplog.text
+        assert broker_peer(broker.endpoint, ("dev-2", "pw-2")).is_connected
+        assert not broker_peer(broker.endpoint, ("dev-1", "pw-1")).is_connected
 
 
 async def test_a_child_that_dies_is_started_again(
@@ -327,7 +344,10 @@ async def test_a_child_that_dies_is_started_again(
         for _ in range(2):
             pid = broker._child.pid  # type: ignore[attr-defined]
             os.kill(pid, signal.SIGKILL)
-            while is_alive(pid) or not is_listening(endpoint.port):
+            while (
+                broker._child.pid == pid  # type: ignore[attr-defined]
+                or not is_listening(endpoint.port)
+            ):
                 await asyncio.sleep(0.02)
             await broker.grant("dev-2", "pw-2")
             for name in ("dev-1", "dev-2"):
