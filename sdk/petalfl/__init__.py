@@ -14,6 +14,7 @@ from petalfl.errors import (
 
 if TYPE_CHECKING:
     from petalfl.client import EdgeClient, RoundInfo, RoundMetrics
+    from petalfl.examples import ExampleStore
 else:
 
     def __getattr__(name: str) -> Any:
@@ -30,6 +31,7 @@ __all__ = [
     "DataError",
     "EdgeClient",
     "EnrollError",
+    "ExampleStore",
     "ModelError",
     "PetalError",
     "RoundInfo",

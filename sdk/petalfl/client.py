@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +26,7 @@ from petalfl.codecs import KINDS
 from petalfl.data import Labels, check_inputs, check_labels
 from petalfl.downlink import Downlink, Session
 from petalfl.errors import DataError, PetalError, StoreError, TransportError, WireError
+from petalfl.examples import ExampleStore
 from petalfl.http import NotThereError
 from petalfl.inbox import Inbox
 from petalfl.local_model import LocalModel
@@ -42,6 +43,7 @@ from petalfl.vectors import Vector, from_bytes, to_bytes
 
 log = logging.getLogger("petalfl.client")
 T = TypeVar("T")
+Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore
 BACKOFF_S = (0.5, 30.0)
 GOODBYE_TIMEOUT_S = 2.0
 
@@ -86,9 +88,10 @@ class EdgeClient:
         url: The server, ``http(s)://host:port``.
         token: The join token that the server prints; needed until the device is enrolled.
         data: By modality: float32, or integers of an int64 modality, ``(n, *shape)``. Which
-            modalities are here decides which blocks the device holds.
+            modalities are here decides which blocks the device holds. Or an `ExampleStore` that
+            grows, of which every round trains on what has labels then; it stays the app's to close.
         labels: As in `petalfl.data.check_labels`: an array, or arrays by task. A head whose task
-            has no labels here is neither held nor trained.
+            has no labels here is neither held nor trained. An `ExampleStore` has its own.
         store: A folder of this client's own; keeps credential, private blocks and outbox.
         device: A name of 1 to 64 lower-case letters, digits and dashes; the default is random.
         federation: Its name on the server.
@@ -104,6 +107,7 @@ class EdgeClient:
         num_threads: Of each ONNX Runtime session.
         engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
             insist on that line of packages.
+        key: 32 bytes that encrypt the store, see docs/device_store.md.
         executor: Runs training and downloads; the default is asyncio's.
 
     Raises:
@@ -121,7 +125,7 @@ class EdgeClient:
         url: str,
         *,
         token: str = "",
-        data: Mapping[str, ArrayLike] | None = None,
+        data: Data | None = None,
         labels: Labels | None = None,
         store: str | os.PathLike[str],
         device: str = "",
@@ -133,6 +137,7 @@ class EdgeClient:
         should_train: Callable[[], bool] = lambda: True,
         num_threads: int = 1,
         engine: EngineName = "auto",
+        key: bytes | None = None,
         executor: Executor | None = None,
     ) -> None:
         self._token = token
@@ -144,7 +149,7 @@ class EdgeClient:
         self._on_round, self._on_progress = on_round, on_progress
         self._on_metrics, self._on_error = on_metrics, on_error
         self._num_threads, self._engine, self._executor = num_threads, engine, executor
-        self._store = DeviceStore(Path(store))
+        self._store = DeviceStore(Path(store), key)
         try:
             self._downlink = Downlink(url, federation, self._store)
             self._identity = self._store.read_identity()
@@ -232,7 +237,7 @@ class EdgeClient:
         """Between `pause` and `resume`."""
         return self._pacing.is_paused
 
-    def set_data(self, data: Mapping[str, ArrayLike], labels: Labels) -> None:
+    def set_data(self, data: Data, labels: Labels | None = None) -> None:
         """Trains on other data from the next round on; from any thread.
 
         Modalities may come and go between rounds: without those of a watch that was taken off, the
@@ -316,7 +321,8 @@ class EdgeClient:
 
     def _prepare(self) -> Session:
         log.info("%s trains on %s", self._device, find_runtime(self._engine))  # before it enrolls
-        modalities = sorted(self._data or {})
+        data = self._data or {}
+        modalities = sorted(data.modalities if isinstance(data, ExampleStore) else data)
         if self._identity is None:
             self._identity = self._downlink.enroll(self._token, self._device, modalities)
         self._downlink.log_in(self._identity)
@@ -326,8 +332,15 @@ class EdgeClient:
         self._current_model()
         return self._downlink.get_session()
 
-    def _checked(self, data: Mapping[str, ArrayLike] | None, labels: Labels | None) -> _LocalData:
-        manifest = self._current_model().manifest
+    def _checked(self, data: Data | None, labels: Labels | None) -> _LocalData:
+        model = self._current_model()
+        manifest = model.manifest
+        if isinstance(data, ExampleStore):
+            if labels is not None:
+                raise DataError("the example store has its own labels: give none beside it")
+            held = {manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
+            names = held & set(data.modalities)  # what comes to the store later waits for a restart
+            data, labels, _ = data.snapshot(names or None)
         inputs = check_inputs(manifest, data or {})
         length = len(next(iter(inputs.values())))
         labels = labels if labels is not None else np.empty(0)
@@ -515,6 +528,8 @@ class EdgeClient:
         """Trains one round and writes private blocks and outbox in one atomic step."""
         self._pacing.wait()
         self._on_round(RoundInfo(task.round_num, task.num_rounds))
+        if isinstance(self._data, ExampleStore):
+            self._local = self._checked(self._data, None)
         model, (inputs, labels) = self._current_model(), self._local
         held = model.manifest.blocks_for(inputs, labels)
         before = {block.name: model.parameters[block.name] for block in held}

@@ -22,6 +22,7 @@ from petalfl import (
     DataError,
     EdgeClient,
     EnrollError,
+    ExampleStore,
     PetalError,
     RoundInfo,
     RoundMetrics,
@@ -521,6 +522,57 @@ def test_data_that_does_not_fit_changes_nothing(idle: Server, make: Make) -> Non
     client.set_data({"a": A[:7]}, LABELS[:7])  # it is looked at when it runs
     with running(client):
         until(lambda: len(client._local.inputs["a"]) == 7, "its data")
+
+
+# Examples that grow, a store that is encrypted
+
+
+def test_every_round_trains_on_what_has_labels_then(
+    busy: Server, make: Make, tmp_path: Path
+) -> None:
+    found: list[int] = []
+    with ExampleStore(tmp_path / "examples") as examples:
+        for a, label in zip(A[:10], LABELS[:10], strict=True):
+            examples.append({"a": a}, int(label))
+        late = examples.append({"a": A[10]})
+
+        def grow(info: RoundInfo) -> None:
+            if info.round_num == 2:
+                examples.label(late, 1)
+            elif info.round_num == 3:
+                examples.append({"a": A[11], "b": B[11]}, 0)  # a sensor more than it holds
+                examples.append({"a": A[12]})
+
+        client = make(
+            busy, "d", data=examples, labels=None, on_round=grow,
+            on_metrics=lambda metrics: found.append(metrics.num_examples),
+        )  # fmt: skip
+        client.run()
+    assert found == [10, 11, 12]
+    counted = busy.query("SELECT num_examples FROM reports ORDER BY round_num")
+    assert counted == [(10,), (11,), (12,)]
+
+
+def test_an_example_store_that_will_not_do(idle: Server, make: Make, tmp_path: Path) -> None:
+    with ExampleStore(tmp_path / "examples") as examples:
+        examples.append({"a": A[0]})
+        client = make(idle, "no-labels", data=examples, labels=None)
+        with pytest.raises(DataError, match="no example has"):
+            client.run()
+        with pytest.raises(DataError, match="has its own labels: give none beside it"):
+            make(idle, "two-labels", data=examples).run()
+
+
+def test_an_encrypted_store(busy: Server, make: Make) -> None:
+    key = bytes(range(32))
+    with make(busy, "d", key=key) as client:
+        client.run()
+        before = client.predict_proba({"a": A})
+    with pytest.raises(StoreError):
+        make(busy, "d")
+    with pytest.raises(StoreError):
+        make(busy, "d", key=bytes(32))
+    np.testing.assert_array_equal(make(busy, "d", key=key).predict_proba({"a": A}), before)
 
 
 def test_on_round_may_evaluate(busy: Server, make: Make) -> None:
