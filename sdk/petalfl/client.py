@@ -146,6 +146,7 @@ class EdgeClient:
         topics.status(federation, self._device)  # refuses malformed names here and now
         self._data, self._labels = data, labels
         self._local = _LocalData({}, {})
+        self._data_lock = threading.Lock()
         self._on_round, self._on_progress = on_round, on_progress
         self._on_metrics, self._on_error = on_metrics, on_error
         self._num_threads, self._engine, self._executor = num_threads, engine, executor
@@ -219,6 +220,10 @@ class EdgeClient:
         except Exception as error:  # a thread has nobody to raise it to
             log.error("%s takes no part any longer: %s", self.device, error,
                       exc_info=not isinstance(error, PetalError))  # fmt: skip
+            if not isinstance(error, PetalError):
+                self._on_error(PetalError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._has_begun.set()  # also where there was no loop to begin with
 
     def pause(self) -> None:
         """Lets training rest, within a batch, until `resume`; from any thread.
@@ -263,8 +268,9 @@ class EdgeClient:
                     f"this device does not hold {', '.join(sorted(lacking))}; stop the client, "
                     f"set the data and run it again"
                 )
-            self._local = local
-            self._data, self._labels = data, labels
+            with self._data_lock:
+                self._local = local
+                self._data, self._labels = data, labels
             with contextlib.suppress(RuntimeError):  # it has ended in this very moment
                 loop.call_soon_threadsafe(self._announce_again)
         else:
@@ -444,7 +450,8 @@ class EdgeClient:
         try:
             await asyncio.wait((worker, stopped), return_when=asyncio.FIRST_COMPLETED)
             if worker.done() and not self._stopped.is_set():
-                worker.result()
+                with contextlib.suppress(Stopped):  # it may know before the loop does
+                    worker.result()
         finally:
             self._pacing.stop()  # training gives way within a batch
             stopped.cancel()
@@ -528,8 +535,11 @@ class EdgeClient:
         """Trains one round and writes private blocks and outbox in one atomic step."""
         self._pacing.wait()
         self._on_round(RoundInfo(task.round_num, task.num_rounds))
-        if isinstance(self._data, ExampleStore):
-            self._local = self._checked(self._data, None)
+        if isinstance(data := self._data, ExampleStore):
+            local = self._checked(data, None)
+            with self._data_lock:
+                if self._data is data:  # or `set_data` has come meanwhile
+                    self._local = local
         model, (inputs, labels) = self._current_model(), self._local
         held = model.manifest.blocks_for(inputs, labels)
         before = {block.name: model.parameters[block.name] for block in held}

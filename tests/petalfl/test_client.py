@@ -426,6 +426,60 @@ def test_what_ends_a_started_client_is_told(idle: Server, make: Make) -> None:
     assert [type(error) for error in errors] == [EnrollError]
 
 
+def test_a_failing_callback_is_told_where_nothing_raises_it(busy: Server, make: Make) -> None:
+    errors: list[PetalError] = []
+
+    def fail(info: RoundInfo) -> None:
+        raise ValueError("the app's own")
+
+    client = make(busy, "d", on_round=fail, on_error=errors.append)
+    client.start()
+    until(lambda: bool(errors), "the error")
+    client.close()
+    assert list(map(str, errors)) == ["ValueError: the app's own"]
+
+
+def test_start_returns_where_no_loop_can_be_made(
+    idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(work: Any) -> None:
+        work.close()
+        raise OSError(24, "Too many open files")
+
+    errors: list[PetalError] = []
+    client = make(idle, "no-loop", on_error=errors.append)
+    monkeypatch.setattr("petalfl.client.asyncio.run", fail)
+    client.start()
+    until(lambda: bool(errors), "the error")
+    assert "Too many open files" in str(errors[0])
+
+
+def test_data_set_during_a_snapshot_stays(
+    busy: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    with ExampleStore(tmp_path / "examples") as examples:
+        for a, label in zip(A[:10], LABELS[:10], strict=True):
+            examples.append({"a": a}, int(label))
+        snapshot, num_snapshots = ExampleStore.snapshot, 0
+
+        def slow(self: ExampleStore, *names: Any) -> Any:
+            nonlocal num_snapshots
+            num_snapshots += 1
+            result = snapshot(self, *names)
+            if num_snapshots == 2:  # the first is that of the start
+                client.set_data({"a": A[:7]}, LABELS[:7])
+            return result
+
+        monkeypatch.setattr(ExampleStore, "snapshot", slow)
+        client = make(
+            busy, "d", data=examples, labels=None,
+            on_metrics=lambda metrics: found.append(metrics.num_examples),
+        )  # fmt: skip
+        client.run()
+    assert found == [7, 7, 7]
+
+
 def test_an_update_that_was_rejected_is_told(
     busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
