@@ -622,8 +622,7 @@ class EdgeClient:
 
     def _on_batch(self, done: int, total: int) -> None:
         self._on_progress(done, total)
-        if done < total:
-            self._pacing.wait()
+        self._pacing.wait()
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs on a thread; when cancelled, lets the thread end before it gives way."""
