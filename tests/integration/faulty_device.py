@@ -1,0 +1,210 @@
+"""The accelerometer's device as a process of its own, slowed down, that says what it is doing.
+
+    python -m tests.integration.faulty_device '{"url": …, "token": …, "store": …}'
+
+It prints a line for every step of its round: ``download``, ``training``, ``store``, ``upload`` and
+``receipt``; ``round N``; ``writing`` and ``kept`` with a digest of the private blocks, around every
+write of them; ``error`` with what the app is told; and ``wait`` where it is held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import petalfl.client
+import petalfl.uplink
+from petalfl import EdgeClient, PetalError, wire
+from petalfl.http import HttpClient
+from petalfl.mqtt import MqttTransport
+from petalfl.store import DeviceStore, State
+from petalfl.uplink import Uplink
+from tests.integration.harness import ROOT
+
+HANG_S = 60.0
+NUM_EXAMPLES = 24
+BACKOFF_S = (0.05, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the process is told.
+
+    Attributes:
+        pause_s: How much longer each step takes.
+        hold_at: The message, ``Chunk 3`` for instance, before which it waits ...
+        until: ... for this file to be there.
+        receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
+    """
+
+    url: str
+    token: str
+    store: str
+    device: str = "acc-only"
+    pause_s: float = 0.0
+    hold_at: str = ""
+    until: str = ""
+    receipt_timeout_s: float = 1.0
+
+
+@contextmanager
+def faulty_device(
+    url: str, token: str, store: Path, **more: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Starts the process; it is killed at the end, or when it hangs.
+
+    Args:
+        more: Fields of `Setup`, and ``environment`` of the process.
+    """
+    environment = {**os.environ, **more.pop("environment", {})}
+    setup = json.dumps(asdict(Setup(url, token, str(store), **more)))
+    command = [sys.executable, "-m", "tests.integration.faulty_device", setup]
+    with (
+        store.with_suffix(".log").open("ab") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment
+        ) as process,
+    ):
+        watchdog = threading.Timer(HANG_S, process.kill)
+        watchdog.start()
+        try:
+            yield process
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
+
+
+def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
+    """What it says, until its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.strip()
+
+
+def main(setup: Setup) -> None:
+    """Takes part until the federation's end."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # ONNX Runtime would import it, in 2 s
+    be_quick(setup.receipt_timeout_s)
+    tell_steps(setup.pause_s)
+    if setup.hold_at:
+        hold_up(setup.hold_at, Path(setup.until))
+    rng = np.random.default_rng(7)
+    client = EdgeClient(
+        setup.url,
+        token=setup.token,
+        data={"acc": rng.standard_normal((NUM_EXAMPLES, 3, 100), dtype=np.float32)},
+        labels=np.arange(NUM_EXAMPLES) % 7,
+        store=setup.store,
+        device=setup.device,
+        on_round=lambda info: say(f"round {info.round_num}"),
+        on_progress=lambda done, total: step("training", setup.pause_s),
+        on_error=tell_error,
+    )
+    with client:
+        client.run()
+
+
+def say(line: str) -> None:
+    """In one piece, whatever thread it comes from."""
+    os.write(1, f"{line}\n".encode())
+
+
+def step(phase: str, pause_s: float) -> None:
+    say(phase)
+    time.sleep(pause_s)
+
+
+def tell_error(error: PetalError) -> None:
+    say(f"error {type(error).__name__}: {error}")
+
+
+def digest(state: State) -> str:
+    """Of the private blocks, bit for bit."""
+    private = sorted(state.private.items())
+    return hashlib.sha256(b"".join(name.encode() + data for name, data in private)).hexdigest()
+
+
+def be_quick(receipt_timeout_s: float) -> None:
+    """Asks again soon."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("petalfl.") and hasattr(module, "BACKOFF_S"):
+            vars(module)["BACKOFF_S"] = BACKOFF_S
+    petalfl.uplink.RECEIPT_TIMEOUT_S = receipt_timeout_s
+
+
+def tell_steps(pause_s: float) -> None:
+    """Says what is being done before it is, and makes it take longer."""
+
+    def announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **more: Any) -> Any:
+            step(phase, pause_s)
+            return function(*arguments, **more)
+
+        return call
+
+    write_state, publish = DeviceStore.write_state, MqttTransport.publish
+
+    def write(self: DeviceStore, state: State) -> None:
+        say(f"writing {digest(state)}")
+        write_state(self, state)
+        say(f"kept {digest(state)}")
+
+    async def publish_slowly(self: MqttTransport, *arguments: Any, **more: Any) -> None:
+        if isinstance(wire.decode(arguments[1]), (wire.Ready, wire.Status)):
+            await publish(self, *arguments, **more)
+            return
+        say("upload")
+        await asyncio.sleep(pause_s)
+        await publish(self, *arguments, **more)
+
+    patches: list[tuple[Any, str, Callable[..., Any]]] = [
+        (HttpClient, "_request", announced("download", HttpClient._request)),
+        (DeviceStore, "write_state", write),
+        (os, "fsync", announced("store", os.fsync)),
+        (os, "replace", announced("store", os.replace)),
+        (MqttTransport, "publish", publish_slowly),
+        (Uplink, "receive", announced("receipt", Uplink.receive)),
+    ]
+    for owner, name, function in patches:
+        setattr(owner, name, function)
+
+
+def hold_up(point: str, until: Path) -> None:
+    """Waits before a message goes out, the first time, until a file is there."""
+    kind, _, number = point.partition(" ")
+    publish = MqttTransport.publish
+    seen = 0
+
+    async def publish_later(
+        self: MqttTransport, topic: str, payload: bytes, *, retain: bool = False
+    ) -> None:
+        nonlocal seen
+        if type(wire.decode(payload)).__name__ == kind:
+            seen += 1
+            if seen == int(number):
+                say("wait")
+                while not until.exists():
+                    await asyncio.sleep(0.01)
+        await publish(self, topic, payload, retain=retain)
+
+    MqttTransport.publish = publish_later  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(Setup(**json.loads(sys.argv[1])))
