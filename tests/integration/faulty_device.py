@@ -29,6 +29,7 @@ import numpy as np
 import petalfl.client
 import petalfl.uplink
 from petalfl import EdgeClient, PetalError, wire
+from petalfl.downlink import Downlink, Session
 from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
 from petalfl.store import DeviceStore, State
@@ -49,6 +50,7 @@ class Setup:
         hold_at: The message, ``Chunk 3`` for instance, before which it waits ...
         until: ... for this file to be there.
         receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
+        mqtt_port: Where it finds the broker; 0: where the server says.
     """
 
     url: str
@@ -59,6 +61,7 @@ class Setup:
     hold_at: str = ""
     until: str = ""
     receipt_timeout_s: float = 1.0
+    mqtt_port: int = 0
 
 
 @contextmanager
@@ -103,6 +106,10 @@ def main(setup: Setup) -> None:
     tell_steps(setup.pause_s)
     if setup.hold_at:
         hold_up(setup.hold_at, Path(setup.until))
+    if setup.mqtt_port:
+        Downlink.get_session = lambda self: Session(  # type: ignore[method-assign]
+            "127.0.0.1", setup.mqtt_port, mqtt_is_tls=False
+        )
     rng = np.random.default_rng(7)
     client = EdgeClient(
         setup.url,

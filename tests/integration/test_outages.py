@@ -1,0 +1,173 @@
+"""Broker, HTTP server or network that fail amid a federation of real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.faulty_device import faulty_device, lines_of
+from tests.integration.harness import SCHEME, Server, running_server
+from tests.integration.lossy import lossy_proxy
+from tests.mosquitto import free_port, missing_mosquitto, mosquitto
+
+MISSING = missing_mosquitto()
+ALONE = (*SCHEME, "--min-devices", "1", "--epochs", "1")
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def mqtt_port(server: Server) -> int:
+    return int(server.query("SELECT value FROM settings WHERE key = 'broker port'")[0][0])
+
+
+def read_until(process: subprocess.Popen[str], line: str) -> None:
+    """Until it says something that begins so."""
+    said = []
+    for one in lines_of(process):
+        said.append(one)
+        if one.startswith(line):
+            return
+    raise AssertionError(f"it never said {line!r}, but {said[-20:]}")
+
+
+def read_to_the_end(process: subprocess.Popen[str]) -> list[str]:
+    """Of a device that ends in peace."""
+    said = [*lines_of(process)]
+    assert process.wait() == 0, said[-20:]
+    return said
+
+
+def assert_counted_once(server: Server, num_rounds: int, num_devices: int) -> None:
+    for what in ("updates", "reports"):
+        rows = server.query(
+            f"SELECT round_num, COUNT(*), COUNT(DISTINCT device) FROM {what} GROUP BY 1"
+        )
+        assert rows == [(n, num_devices, num_devices) for n in range(1, num_rounds + 1)]
+    assert server.get("status")["is_finished"]
+    assert server.get("status")["shared_blocks"]["encoder-acc"] == num_rounds + 1
+    assert "Traceback" not in server.log
+
+
+# The broker, amid an upload
+
+
+def kill_embedded(server: Server) -> None:
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+    [broker] = map(int, children.split())
+    os.kill(broker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_before", ["Chunk 3", "Report 1"])
+def test_the_embedded_broker_is_killed_amid_an_upload(
+    watch_artifacts: Path, tmp_path: Path, is_before: str
+) -> None:
+    arguments = (*ALONE, "--rounds", "2")
+    with (
+        running_server(watch_artifacts, tmp_path / "server", *arguments) as server,
+        faulty_device(
+            server.url, server.token, tmp_path / "store",
+            hold_at=is_before, until=str(tmp_path / "go on"),
+        ) as process,
+    ):  # fmt: skip
+        read_until(process, "wait")
+        kill_embedded(server)
+        (tmp_path / "go on").touch()
+        read_to_the_end(process)
+        assert "the embedded broker ended with code -9: starting it again" in server.log
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
+@pytest.mark.mosquitto
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("comes_back", ["at once", "when it was missed"])
+def test_mosquitto_restarts_amid_an_upload(
+    watch_artifacts: Path, tmp_path: Path, comes_back: str
+) -> None:
+    """It has forgotten what it acknowledged: two chunks, or what the device sent meanwhile."""
+    (tmp_path / "broker").mkdir()
+    port = free_port()
+    with ExitStack() as broker, ExitStack() as stack:
+        url = broker.enter_context(mosquitto(tmp_path / "broker", port))
+        arguments = (*ALONE, "--rounds", "2", "--broker", url)
+        server = stack.enter_context(
+            running_server(watch_artifacts, tmp_path / "server", *arguments)
+        )
+        process = stack.enter_context(
+            faulty_device(
+                server.url, server.token, tmp_path / "store",
+                hold_at="Chunk 3", until=str(tmp_path / "go on"),
+            )
+        )  # fmt: skip
+        read_until(process, "wait")
+        broker.close()
+        if comes_back == "at once":
+            broker.enter_context(mosquitto(tmp_path / "broker", port))
+        (tmp_path / "go on").touch()
+        if comes_back != "at once":
+            read_until(process, "upload")
+            broker.enter_context(mosquitto(tmp_path / "broker", port))
+        read_to_the_end(process)
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
+# The HTTP server, while the broker is there
+
+
+def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_path: Path) -> None:
+    """The device tries again, however long it takes; here it is seconds."""
+    arguments = (*ALONE, "--rounds", "2")
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            running_server(watch_artifacts, tmp_path / "server", *arguments)
+        )
+        http = stack.enter_context(lossy_proxy(port_of(server.url)))
+        url = f"http://127.0.0.1:{http.port}"
+        process = stack.enter_context(faulty_device(url, server.token, tmp_path / "store"))
+        read_until(process, "round 1")
+        http.vanish()
+        for _ in range(5):
+            read_until(process, "error TransportError: no blocks yet")
+        http.start()
+        assert "round 2" in read_to_the_end(process)
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
+# A network at 2 % loss and 300 ms
+
+
+def test_a_lossy_network(watch_artifacts: Path, tmp_path: Path) -> None:
+    """HTTP and MQTT of two devices, with a reset every 600 kB of MQTT or so."""
+    bad = {"delay_s": 0.15, "loss": 0.02, "stall_s": 0.3}
+    arguments = (*SCHEME, "--min-devices", "2", "--epochs", "1", "--rounds", "2")
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            running_server(watch_artifacts, tmp_path / "server", *arguments)
+        )
+        http = stack.enter_context(
+            lossy_proxy(port_of(server.url), 1, **bad, reset_every_bytes=4_000_000)
+        )
+        mqtt = stack.enter_context(
+            lossy_proxy(mqtt_port(server), 2, **bad, reset_every_bytes=600_000)
+        )
+        devices = [
+            stack.enter_context(
+                faulty_device(
+                    f"http://127.0.0.1:{http.port}", server.token, tmp_path / name,
+                    device=name, mqtt_port=mqtt.port, receipt_timeout_s=5,
+                )
+            )
+            for name in ("one", "two")
+        ]  # fmt: skip
+        for process in devices:
+            read_to_the_end(process)
+        assert_counted_once(server, num_rounds=2, num_devices=2)
+    print({p.port: (p.num_connections, p.num_stalls, p.num_resets) for p in (http, mqtt)})
+    assert http.num_stalls and mqtt.num_stalls
+    assert mqtt.num_resets
