@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import stock
+from tests.certificates import Authority
 from tests.reference_artifacts import export_to
 
 READY_MADE = os.environ.get("PETALFL_TEST_ARTIFACTS")
@@ -41,6 +42,12 @@ def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def several_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of `tests.petalfl.torch_models:several`: modalities motion and text."""
     return made_once(tmp_path_factory, "several")
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """One that no system trusts."""
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")

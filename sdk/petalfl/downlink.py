@@ -7,6 +7,7 @@ thread.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,6 +24,7 @@ from petalfl.model import (
 )
 from petalfl.schema import Limit, read
 from petalfl.store import DeviceStore, Identity
+from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
 from petalfl.wire import BlockVersion
 
@@ -39,12 +41,17 @@ class Session:
 class Downlink:
     """One federation on one server, as one device reaches it.
 
+    Args:
+        tls: As in `HttpClient`.
+
     Every method raises `EnrollError` where the server does not accept the token or credential,
     and `TransportError` where it cannot be reached or sends what it should not.
     """
 
-    def __init__(self, url: str, federation: str, store: DeviceStore) -> None:
-        self._http = HttpClient(url)
+    def __init__(
+        self, url: str, federation: str, store: DeviceStore, tls: Tls | None = None
+    ) -> None:
+        self._http = HttpClient(url, tls)
         self._root = f"/v1/{federation}"
         self._store = store
 
@@ -64,11 +71,22 @@ class Downlink:
         self._http.use_login(identity.device, identity.password)
 
     def get_session(self) -> Session:
-        """Asks where the broker is."""
+        """Asks where the broker is.
+
+        Raises:
+            TransportError: Also where the server itself has TLS and its broker has not: the
+                password that was kept secret so far would cross the network in the clear.
+        """
         try:
-            return read(Session, self._http.get_json(f"{self._root}/session"))
+            session = read(Session, self._http.get_json(f"{self._root}/session"))
         except ValueError as error:
             raise TransportError(f"the server's session reply is malformed: {error}") from error
+        if self._http.is_tls and not session.mqtt_is_tls and not _is_loopback(session.mqtt_host):
+            raise TransportError(
+                f"the server has TLS, and its broker at {session.mqtt_host}:{session.mqtt_port} "
+                "none: no password is sent there; give the broker TLS (mqtts://), too"
+            )
+        return session
 
     def fetch_model(
         self,
@@ -116,3 +134,10 @@ class Downlink:
         data = self._http.get(f"{self._root}/artifacts/{artifact.path}", artifact.num_bytes)
         check_artifact(artifact, data)
         self._store.write_file(artifact.path, data)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

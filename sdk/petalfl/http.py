@@ -11,6 +11,7 @@ import urllib.request
 from typing import Any
 
 from petalfl.errors import EnrollError, TransportError
+from petalfl.tls import Tls, explain
 
 TIMEOUT_S = 30.0
 MAX_JSON_BYTES = 1 << 20
@@ -25,12 +26,14 @@ class HttpClient:
 
     Args:
         url: The server's base URL, ``http(s)://host:port``.
+        tls: Whom to trust, and the certificate to show, at an ``https`` URL; the default is to
+            trust the system's authorities.
 
     Raises:
-        ValueError: ``url`` is of another form.
+        ValueError: ``url`` is of another form, or a file of ``tls`` cannot be used.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: Tls | None = None) -> None:
         parts = urllib.parse.urlsplit(url)
         try:
             is_port = parts.port != 0
@@ -39,6 +42,11 @@ class HttpClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or not is_port:
             raise ValueError(f"found the server URL {url!r}, expected http(s)://host:port")
         self._url = url.rstrip("/")
+        self.is_tls, self._tls = parts.scheme == "https", tls or Tls()
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if self.is_tls or tls is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=self._tls.context()))
+        self._opener = urllib.request.build_opener(*handlers)
         self._authorization = ""
 
     def use_token(self, token: str) -> None:
@@ -72,7 +80,7 @@ class HttpClient:
         headers = {"Authorization": self._authorization, "Content-Type": "application/json"}
         request = urllib.request.Request(self._url + path, body, headers)
         try:
-            with _OPENER.open(request, timeout=TIMEOUT_S) as response:
+            with self._opener.open(request, timeout=TIMEOUT_S) as response:
                 data: bytes = response.read(max_bytes + 1)
                 num_missing = response.length or 0
         except urllib.error.HTTPError as error:
@@ -80,13 +88,21 @@ class HttpClient:
             kind = _ERRORS.get(error.code, TransportError)
             raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)
+            cause = self._cause(error)
             raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
         if len(data) > max_bytes:
             raise TransportError(f"{self._url}{path} sends more than the {max_bytes} bytes due")
         if num_missing:
             raise TransportError(f"{self._url}{path} hung up with {num_missing} bytes to go")
         return data
+
+    def _cause(self, error: Exception) -> str:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if self.is_tls:
+            return explain(cause, self._tls)
+        if isinstance(cause, ConnectionResetError):  # as one does that expects a TLS handshake
+            return f"{cause}; a server with TLS has a URL that begins with https"
+        return str(cause)
 
 
 _ERRORS: dict[int, type[EnrollError | TransportError]] = {
@@ -100,9 +116,6 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *arguments: Any) -> None:
         """Follows none."""
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _read_reason(error: urllib.error.HTTPError) -> str:

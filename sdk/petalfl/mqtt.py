@@ -26,10 +26,12 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from petalfl.backoff import delays
 from petalfl.errors import TransportError
+from petalfl.tls import Tls, explain
 from petalfl.transport import Handler, dispatch
 
 log = logging.getLogger("petalfl.mqtt")
 
+CONNECT_TIMEOUT_S = 5.0  # of TCP, and again of TLS
 KEEPALIVE_S = 60
 MISC_INTERVAL_S = 5.0
 MOST_READS = 32  # before the event loop has its turn
@@ -57,7 +59,12 @@ class MqttTransport:
         client_id: Unique at the broker: a second connection with it ends the first.
         will: Topic and payload that the broker publishes, retained, when the client is lost.
         on_connect: Called on the event loop after each connect but the first.
+        tls: Whom to trust, and the certificate to show, at an endpoint with TLS; the default is
+            to trust the system's authorities.
         timeout_s: For a connect, a subscription or a publish.
+
+    Raises:
+        ValueError: A file of ``tls`` cannot be used.
     """
 
     def __init__(
@@ -68,9 +75,11 @@ class MqttTransport:
         client_id: str,
         will: tuple[str, bytes] | None = None,
         on_connect: Callable[[], None] = lambda: None,
+        tls: Tls | None = None,
         timeout_s: float = 30.0,
     ) -> None:
         self._endpoint = endpoint
+        self._tls = tls or Tls()
         self._on_reconnect = on_connect
         self._timeout_s = timeout_s
         self._handlers: dict[str, Handler] = {}
@@ -85,9 +94,10 @@ class MqttTransport:
         self._client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, reconnect_on_failure=False
         )
+        client.connect_timeout = CONNECT_TIMEOUT_S
         client.username_pw_set(*login)
         if endpoint.is_tls:
-            client.tls_set_context(ssl.create_default_context())
+            client.tls_set_context(self._tls.context())
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.on_connect = self._connected
@@ -150,11 +160,13 @@ class MqttTransport:
         loop = asyncio.get_running_loop()
         self._connack = loop.create_future()
         self._lost.clear()
-        host, port = self._endpoint.host, self._endpoint.port
         self._unregister()
         try:
-            await _on_thread(self._client.connect, host, port, KEEPALIVE_S)
-            self._register()
+            await _on_thread(self._dial)
+        except (OSError, ValueError) as error:
+            raise self._no_answer(error) from error
+        self._register()
+        try:
             code = await asyncio.wait_for(self._connack, self._timeout_s)
         except asyncio.TimeoutError as error:  # an OSError too, on newer Pythons
             self._hang_up()
@@ -162,12 +174,22 @@ class MqttTransport:
                 f"{self._endpoint} accepted the connection but sent no CONNACK "
                 f"in {self._timeout_s:g} s; is it an MQTT broker?"
             ) from error
-        except (OSError, ValueError) as error:
-            _close_leftovers(error)
-            raise TransportError(f"no broker answers at {self._endpoint}: {error}") from error
+        except OSError as error:
+            raise self._no_answer(error) from error
         if code.is_failure:
             raise TransportError(f"{self._endpoint} refuses the login: {code}")
         self._misc()
+
+    def _dial(self) -> None:
+        try:
+            self._client.connect(self._endpoint.host, self._endpoint.port, KEEPALIVE_S)
+        except (OSError, ValueError) as error:
+            _close_leftovers(error)  # here: asyncio makes a timeout anew, without its traceback
+            raise
+
+    def _no_answer(self, error: Exception) -> TransportError:
+        cause = explain(error, self._tls) if self._endpoint.is_tls else error
+        return TransportError(f"no broker answers at {self._endpoint}: {cause}")
 
     async def _keep_connected(self) -> None:
         while True:
@@ -205,7 +227,8 @@ class MqttTransport:
     def _disconnected(self, c: object, u: object, f: object, code: object, p: object) -> None:
         self._lost.set()
         if self._connack is not None and not self._connack.done():
-            self._connack.set_exception(OSError("the connection was closed before a CONNACK"))
+            closed = ConnectionResetError("the connection was closed before a CONNACK")
+            self._connack.set_exception(closed)
 
     def _hang_up(self) -> None:
         """Ends a connection that led nowhere; paho closes its socket once that is written."""

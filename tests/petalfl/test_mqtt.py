@@ -11,10 +11,8 @@ import re
 import signal
 import socket
 import ssl
-import subprocess
 import sys
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -25,7 +23,9 @@ import pytest
 
 from petalfl.errors import TransportError
 from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.tls import Tls
 from server.broker import Broker, open_broker
+from tests.certificates import Authority
 from tests.mosquitto import missing_mosquitto, mosquitto
 
 CHUNK = 120 * 1024
@@ -377,6 +377,7 @@ async def test_broker_killed_and_started_again(
     device = await connect(on_connect=lambda: calls.append(None))
     inbox, answers = Inbox(), Inbox()
     await device.subscribe(f"{DOWN}/+", answers)
+    broker._keeper.cancel()  # type: ignore[attr-defined]  # the next one is the test's own
     os.kill(broker._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     await asyncio.sleep(0.1)
     publishing = asyncio.create_task(device.publish(STATUS, b"during", retain=True))
@@ -478,6 +479,7 @@ async def test_a_failing_on_connect_ends_nothing(cable: Cable) -> None:
 WILLING = """
 import asyncio, sys
 from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.tls import Tls
 
 async def main():
     transport = MqttTransport(
@@ -657,28 +659,14 @@ async def test_100_clients_on_one_loop(tmp_path: Path, stack: AsyncExitStack) ->
 # TLS
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate of 127.0.0.1, with its key in the same file."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    command = [
-        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-        "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext",
-        "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate),
-    ]  # fmt: skip
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("openssl is not on PATH")
-    certificate.write_text(key.read_text() + certificate.read_text())
-    return certificate
-
-
 @pytest.fixture
-async def tls_cable(broker: Broker, stack: AsyncExitStack, certificate: Path) -> Cable:
+async def tls_cable(broker: Broker, stack: AsyncExitStack, authority: Authority) -> Cable:
+    """Asks for certificates, and takes those of `authority`."""
+    issued = authority.issue("broker", ("127.0.0.1",))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(issued.certificate, issued.key)
+    context.load_verify_locations(authority.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
     cable = Cable(broker.endpoint.port, context)
     await cable.plug()
     stack.push_async_callback(cable.pull)
@@ -688,18 +676,18 @@ async def tls_cable(broker: Broker, stack: AsyncExitStack, certificate: Path) ->
 @pytest.mark.usefixtures("is_quick")
 async def test_tls(
     tls_cable: Cable,
-    certificate: Path,
+    authority: Authority,
     connect: Opener,
     stack: AsyncExitStack,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    issued = authority.issue("dev-1")
     calls: list[None] = []
     device = MqttTransport(
         Endpoint("127.0.0.1", tls_cable.port, is_tls=True),
         login=LOGIN,
         client_id="dev-1",
         on_connect=lambda: calls.append(None),
+        tls=Tls(authority.ca, issued.certificate, issued.key),
     )
     stack.push_async_callback(device.close)
     await device.connect()
@@ -723,19 +711,51 @@ async def test_tls(
     await device.publish(UP, b"again")
 
 
-async def test_untrusted_certificate(tls_cable: Cable, stack: AsyncExitStack) -> None:
-    device = MqttTransport(
-        Endpoint("127.0.0.1", tls_cable.port, is_tls=True), login=LOGIN, client_id="dev-1"
-    )
+async def test_a_broker_that_is_not_trusted(
+    tls_cable: Cable, stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    await assert_refused(tls_cable, stack, None, "of no authority that is trusted")
+    other = Authority(tmp_path).ca
+    await assert_refused(tls_cable, stack, Tls(other), "of no authority that is trusted")
+    gc.collect()  # paho leaves the socket of a failed handshake open
+
+
+async def test_a_broker_of_another_name(
+    tls_cable: Cable, stack: AsyncExitStack, authority: Authority
+) -> None:
+    tls = Tls(authority.ca)
+    await assert_refused(tls_cable, stack, tls, "not valid for 'localhost'", host="localhost")
+
+
+async def test_a_device_that_is_not_trusted(
+    tls_cable: Cable, stack: AsyncExitStack, authority: Authority, tmp_path: Path
+) -> None:
+    other = Authority(tmp_path).issue("dev-1")
+    await assert_refused(tls_cable, stack, Tls(authority.ca), r"may ask for a certificate")
+    tls = Tls(authority.ca, other.certificate, other.key)
+    await assert_refused(tls_cable, stack, tls, f"may not accept {other.certificate}")
+
+
+async def test_a_broker_without_tls(
+    broker: Broker, stack: AsyncExitStack, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded one takes the handshake for the beginning of a packet, and waits."""
+    monkeypatch.setattr("petalfl.mqtt.CONNECT_TIMEOUT_S", 0.5)
+    await assert_refused(broker.endpoint, stack, Tls(authority.ca), "has it TLS on this port?")
+
+
+async def assert_refused(
+    where: Cable | Endpoint,
+    stack: AsyncExitStack,
+    tls: Tls | None,
+    message: str,
+    host: str = "127.0.0.1",
+) -> None:
+    endpoint = Endpoint(host, where.port, is_tls=True)
+    device = MqttTransport(endpoint, login=LOGIN, client_id="dev-1", tls=tls)
     stack.push_async_callback(device.close)
-    message = rf"mqtts://127\.0\.0\.1:{tls_cable.port}: .*certificate verify failed"
-    with pytest.raises(TransportError, match=message):
+    with pytest.raises(TransportError, match=f"no broker answers at {endpoint}: .*{message}"):
         await device.connect()
-    await asyncio.sleep(0.05)
-    with warnings.catch_warnings():
-        # paho leaves the socket of a failed handshake to the garbage collector.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 # Mosquitto
