@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.bench_canonical import matrix_block, table
 from petalfl.model import Block
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import parse_aggregator
 from server.optimizers import parse_optimizer, step
@@ -89,7 +90,7 @@ def aggregator_row(rule: str, block: Block, deltas: Sequence[Vector]) -> Row:
     def fold() -> object:
         state = aggregator.init(block)
         for delta, weight in zip(deltas, weights, strict=True):
-            state = aggregator.accumulate(state, delta, weight)
+            state = aggregator.accumulate(state, plain_delta(delta), weight)
         return state
 
     state = fold()

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.model import Artifact, Artifacts, Block, Parameter, Tensor
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import parse_aggregator
 from server.aggregators.canonical import leading_directions
@@ -240,7 +241,7 @@ def merge(rule: str, deltas: Sequence[Vector]) -> Vector:
     aggregator = parse_aggregator(rule)
     state = aggregator.init(BLOCK)
     for delta in deltas:
-        state = aggregator.accumulate(state, delta, 1.0)
+        state = aggregator.accumulate(state, plain_delta(delta), 1.0)
     merged = aggregator.finalize(state)
     assert merged is not None  # there are deltas
     return merged

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from petalfl.model import Block
+from petalfl.payloads import EncodedDelta, plain_delta
 from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate
 
@@ -32,7 +33,7 @@ class BlockResult(NamedTuple):
 class _Vote(NamedTuple):
     """A holder's updates as one: their mean by weight, and the sum of their weights."""
 
-    delta: Vector
+    delta: EncodedDelta
     weight: float
     num_updates: int
 
@@ -65,9 +66,9 @@ class Buffer:
         """Counts an update; that it is counted once is for the caller to see to."""
         if self._aggregator.has_votes:
             vote = self._votes.get(update.device)
-            self._votes[update.device] = _merged(vote, update.delta, weight)
+            self._votes[update.device] = _merged(vote, update.encoded, weight)
         else:
-            self._state = self._aggregator.accumulate(self._state, update.delta, weight)
+            self._state = self._aggregator.accumulate(self._state, update.encoded, weight)
         self._holders.add(update.device)
         self._num_examples += update.num_examples
         self._update_ids.append(update.update_id)
@@ -88,10 +89,10 @@ class Buffer:
         )
 
 
-def _merged(vote: _Vote | None, delta: Vector, weight: float) -> _Vote:
+def _merged(vote: _Vote | None, delta: EncodedDelta, weight: float) -> _Vote:
     if vote is None:
         return _Vote(delta, weight, 1)
     total = vote.weight + weight
-    mean = np.multiply(vote.delta, vote.weight / total, dtype=np.float64)
-    mean += np.multiply(delta, weight / total, dtype=np.float64)
-    return _Vote(mean.astype(np.float32), total, vote.num_updates + 1)
+    mean = np.multiply(vote.delta.decode(), vote.weight / total, dtype=np.float64)
+    mean += np.multiply(delta.decode(), weight / total, dtype=np.float64)
+    return _Vote(plain_delta(mean.astype(np.float32)), total, vote.num_updates + 1)

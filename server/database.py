@@ -10,7 +10,8 @@ from pathlib import Path
 from .journal import SCHEMA as JOURNAL_SCHEMA
 from .versions import StateError
 
-FORMAT = 2  # PRAGMA user_version
+FORMAT = 3  # PRAGMA user_version
+_UPGRADES = {2: "ALTER TABLE updates ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'"}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -44,7 +45,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         path.chmod(0o600)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # a committed update survives a power cut
-        _check_format(db, path)
+        _upgrade(db, path)
         db.executescript(SCHEMA + JOURNAL_SCHEMA)
         db.execute(f"PRAGMA user_version={FORMAT}")
     except (sqlite3.Error, StateError):
@@ -65,10 +66,16 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
-def _check_format(db: sqlite3.Connection, path: Path) -> None:
+def _upgrade(db: sqlite3.Connection, path: Path) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (num_tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if num_tables and version != FORMAT:
+    if not num_tables:
+        return
+    if version in _UPGRADES:
+        with transaction(db):
+            db.execute(_UPGRADES[version])
+            db.execute(f"PRAGMA user_version={version + 1}")
+    elif version != FORMAT:
         raise StateError(
             f"{path} has format {version}, this server reads {FORMAT}; choose another --data-dir"
         )

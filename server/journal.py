@@ -1,9 +1,9 @@
 """The journal: what devices were promised would count, on disk before they are told.
 
-A delta is appended to a segment file, and a row in SQLite says where it lies. Both become durable
-together, in groups: `commit` syncs the segment, then commits the rows, and only then may the
-receipts of those updates go out. SQLite alone would write every delta twice, into its log and
-again into its pages: 105 to 375 updates of 400 kB a second where this does 1,500.
+A payload is appended to a segment file as it came, and a row in SQLite says where it lies. Both
+become durable together, in groups: `commit` syncs the segment, then commits the rows, and only then
+may the receipts of those updates go out. SQLite alone would write every delta twice, into its log
+and again into its pages: 105 to 375 updates of 400 kB a second where this does 1,500.
 
 Positions count bytes from the journal's beginning, over all segments; a segment's name is the
 position of its first byte. An update is consumed when its `delta` is set to NULL; a segment that no
@@ -24,9 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from petalfl.vectors import from_bytes
+from petalfl.codecs import parse_codec
+from petalfl.errors import WireError
+from petalfl.model import Block
+from petalfl.payloads import parse_payload
 from petalfl.wire import BlockUpdate, Report
 
 from .versions import StateError
@@ -40,7 +41,8 @@ CREATE TABLE IF NOT EXISTS updates (
     update_id BLOB PRIMARY KEY, round_num INTEGER NOT NULL, device TEXT NOT NULL,
     block TEXT NOT NULL, base_version INTEGER NOT NULL, num_examples INTEGER NOT NULL,
     delta INTEGER, num_bytes INTEGER NOT NULL, crc32 INTEGER NOT NULL, norm REAL NOT NULL,
-    closed_in INTEGER, version INTEGER, UNIQUE (device, round_num, block));
+    closed_in INTEGER, version INTEGER, codec TEXT NOT NULL DEFAULT 'f32',
+    UNIQUE (device, round_num, block));
 CREATE INDEX IF NOT EXISTS updates_unconsumed ON updates (delta) WHERE delta IS NOT NULL;
 CREATE INDEX IF NOT EXISTS updates_by_round ON updates (closed_in);
 CREATE TABLE IF NOT EXISTS reports (
@@ -52,7 +54,7 @@ CREATE INDEX IF NOT EXISTS reports_by_round ON reports (arrived_in);
 _SPARE = "spare"  # a segment that nothing points into
 _INSERT_UPDATE = """
 INSERT INTO updates (update_id, round_num, device, block, base_version, num_examples, delta,
-num_bytes, crc32, norm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+num_bytes, crc32, norm, codec) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _KEY, _POSITION = slice(1, 4), 6  # in such a row
 _INSERT_REPORT = "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -104,7 +106,7 @@ class Journal:
 
     # Writing
 
-    def append(self, update: BlockUpdate, norm: float) -> None:
+    def append(self, update: BlockUpdate) -> None:
         """Writes an update; it is durable, and its receipt may go out, after a `commit`.
 
         Raises:
@@ -113,14 +115,16 @@ class Journal:
         """
         if self._has_other(update):  # which no commit would get past
             raise StateError(f"device {update.device} has an update of that task in the journal")
-        data = np.ascontiguousarray(update.delta, "<f4").data.cast("B")
+        encoded = update.encoded
+        data = memoryview(encoded.payload).cast("B")
         with _translated(f"cannot write to the journal {self._folder}"):
             if self._segment < 0 or self._end - self._start + len(data) > SEGMENT_BYTES:
                 self._open_segment()
             _write(self._segment, data, self._end - self._start)
         row: tuple[Any, ...] = (
             update.update_id, update.round_num, update.device, update.block, update.base_version,
-            update.num_examples, self._end, len(data), zlib.crc32(data), norm,
+            update.num_examples, self._end, len(data), zlib.crc32(data), encoded.norm,
+            encoded.codec,
         )  # fmt: skip
         self._sent.add(row[_KEY])
         self._updates[update.update_id] = row
@@ -174,19 +178,23 @@ class Journal:
         query = "SELECT 1 FROM updates WHERE round_num = ? AND device = ? AND block = ?"
         return self.has(update.update_id) or self._db.execute(query, key).fetchone() is not None
 
-    def unconsumed(self, sizes: Mapping[str, int]) -> Iterator[BlockUpdate]:
+    def unconsumed(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The updates that no version holds yet, in order of arrival.
 
         Raises:
             StateError: One of them is not what was written.
         """
         rows = self._db.execute(
-            "SELECT update_id, device, block, round_num, base_version, num_examples, delta, "
+            "SELECT codec, update_id, device, block, round_num, base_version, num_examples, delta, "
             "num_bytes, crc32 FROM updates WHERE delta IS NOT NULL ORDER BY delta"
         )
-        for update_id, device, block, round_num, base, num_examples, *where in rows.fetchall():
-            delta = from_bytes(read_delta(self._folder, *where), sizes[block])
-            yield BlockUpdate(update_id, device, block, round_num, base, num_examples, delta)
+        for codec, update_id, device, block, round_num, base, count, *where in rows.fetchall():
+            payload = read_delta(self._folder, *where)
+            try:
+                encoded = parse_payload(parse_codec(codec), blocks[block], payload)
+            except (ValueError, WireError) as error:
+                raise StateError(f"the journal {self._folder}: {error}") from error
+            yield BlockUpdate(update_id, device, block, round_num, base, count, encoded)
 
     # How
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
 
@@ -31,7 +33,7 @@ def norm_of(delta: Vector) -> float:
     return float(np.sqrt(np.einsum("i,i->", delta, delta, dtype=np.float64)))
 
 
-def clip(delta: Vector, max_norm: float) -> Vector:
+def clip(delta: EncodedDelta, max_norm: float) -> EncodedDelta:
     """The delta, scaled down to ``max_norm`` where it is longer; itself where it is not.
 
     Source:
@@ -40,10 +42,7 @@ def clip(delta: Vector, max_norm: float) -> Vector:
     """
     if not max_norm > 0:
         raise ValueError(f"expected max_norm > 0, found {max_norm}")
-    norm = norm_of(delta)
-    if norm <= max_norm:
-        return delta
-    return np.multiply(delta, max_norm / norm, dtype=np.float64).astype(np.float32)
+    return delta if delta.norm <= max_norm else replace(delta, factor=max_norm / delta.norm)
 
 
 def outlier_report(deltas: Mapping[str, Vector], aggregate: Vector) -> dict[str, Outlier]:

@@ -49,7 +49,7 @@ def round_from_journal(
         found.assign(device, assignment, deadline_s)
     for device, block, update_id in state.sent_updates(since):
         found.note(device, block, update_id)
-    for update in state.unconsumed_updates(shared.sizes):
+    for update in state.unconsumed_updates(shared.blocks):
         found.buffer(update)
     for device, report in state.journaled_reports(since).items():
         found.report(device, report)

@@ -15,7 +15,6 @@ from petalfl.wire import BlockUpdate, Report
 
 from .config import Config
 from .negotiation import choose_codec
-from .norms import norm_of
 from .selection import Candidate, parse_selection
 from .uploads import Upload, choose_uploads
 
@@ -106,4 +105,4 @@ class Roster:
     def note_sent(self, update: BlockUpdate) -> None:
         """The device's update of a block counts."""
         sent = self._sent.setdefault(update.device, {})
-        sent[update.block] = (update.round_num, norm_of(update.delta))
+        sent[update.block] = (update.round_num, update.encoded.norm)

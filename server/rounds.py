@@ -185,7 +185,7 @@ class Round:
         staleness = self._versions[update.block] - update.base_version
         weight = self._weigh(update.num_examples) * staleness_factor(staleness)
         if self._max_norm:
-            update = replace(update, delta=clip(update.delta, self._max_norm))
+            update = replace(update, encoded=clip(update.encoded, self._max_norm))
         self.buffers[update.block].add(update, weight)
 
     def results(self, blocks: Collection[str]) -> dict[str, BlockResult]:

@@ -25,7 +25,6 @@ from petalfl.wire import BlockUpdate, Report
 from .database import open_database, transaction
 from .history import History
 from .journal import DATABASE, Journal
-from .norms import norm_of
 from .optimizers import OptimizerState
 from .rounds import Assignment
 from .selection import Candidate
@@ -253,7 +252,7 @@ class ServerState:
 
     def journal_update(self, update: BlockUpdate) -> None:
         """Writes an accepted update; its receipt may go out after a `commit`."""
-        self._journal.append(update, norm_of(update.delta))
+        self._journal.append(update)
 
     def journal_report(self, device: str, report: Report, arrived_in: int, now_s: float) -> None:
         """The same for a report; the first of a device's task stands."""
@@ -271,10 +270,10 @@ class ServerState:
         """Whether an update of whatever round was accepted under this id."""
         return self._journal.has(update_id)
 
-    def unconsumed_updates(self, sizes: Mapping[str, int]) -> Iterator[BlockUpdate]:
+    def unconsumed_updates(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The accepted updates that no step has consumed, in order of arrival."""
         self._journal.commit()
-        return self._journal.unconsumed(sizes)
+        return self._journal.unconsumed(blocks)
 
     def sent_updates(self, since: int) -> list[tuple[str, str, bytes]]:
         """Device, block and update_id of the accepted updates of the `newest_tasks`."""

@@ -5,12 +5,72 @@ Statistics travel as float32 whatever the codec: a variance that is a bit off ma
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import numpy as np
 
-from petalfl.codecs import Codec, encode_with_feedback
+from petalfl.codecs import Codec, Encoded, encode_with_feedback
+from petalfl.codecs.encoded import plain
 from petalfl.errors import WireError
 from petalfl.model import Block
 from petalfl.vectors import Vector, from_bytes, to_bytes
+
+_PIECE = 1 << 15  # values that are expanded at a time: they stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedDelta:
+    """A delta ``(size,)`` as it came: checked, finite, and expanded where it is needed alone.
+
+    Attributes:
+        codec: The name of what the payload was encoded with.
+        payload: The bytes themselves, which ``parameters`` and ``statistics`` are views of.
+        factor: What every value is to be multiplied by, in (0, 1]: of a clipped delta.
+    """
+
+    codec: str
+    payload: bytes | memoryview
+    parameters: Encoded
+    statistics: Encoded
+    factor: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Of the vector."""
+        return self.parameters.size + self.statistics.size
+
+    def decode(self) -> Vector:
+        """All of it as float32; not a copy where the payload has it as it is."""
+        if self.factor == 1 and not self.statistics.size:
+            return self.parameters.decode()
+        vector = np.empty(self.size, np.float32)
+        self.read(0, self.size, vector)
+        return vector
+
+    def read(self, start: int, stop: int, out: Vector) -> None:
+        """Writes the values from ``start``, a multiple of `ALIGN`, up to ``stop`` into ``out``."""
+        end = self.parameters.size
+        behind = max(start, end)
+        if start < end:
+            self.parameters.read(start, min(stop, end), out[: min(stop, end) - start])
+        if behind < stop:
+            out[behind - start :] = self.statistics.values[behind - end : stop - end]
+        if self.factor != 1:
+            np.multiply(out, self.factor, out=out, dtype=np.float64, casting="same_kind")
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """Euclidean, summed in float64: no finite delta overflows; without the factor."""
+        squares = sum(_sum_of_squares(part) for part in (self.parameters, self.statistics))
+        return float(np.sqrt(squares))
+
+
+def plain_delta(vector: Vector) -> EncodedDelta:
+    """A finite delta as it is, for what arrives otherwise than over the wire."""
+    parameters, nothing = plain(vector), plain(np.zeros(0, np.float32))
+    return EncodedDelta("f32", np.ascontiguousarray(vector, "<f4").data.cast("B"), parameters,
+                        nothing)  # fmt: skip
 
 
 def max_payload_bytes(codec: Codec, block: Block) -> int:
@@ -45,23 +105,31 @@ def encode_payload(
     return payload + to_bytes(statistics), left
 
 
-def decode_payload(codec: Codec, block: Block, payload: bytes | memoryview) -> Vector:
-    """The inverse: a delta ``(block.size,)``, finite.
+def parse_payload(codec: Codec, block: Block, payload: bytes | memoryview) -> EncodedDelta:
+    """The inverse: a delta ``(block.size,)``, finite, and not expanded.
 
     Raises:
         WireError: The payload is not one of this codec and block.
     """
-    if block.num_trainable == block.size:
-        return codec.decode(payload, block.size)
     view, end = memoryview(payload), len(payload) - _num_behind(block)
     if end < 0:
         raise WireError(f"{len(payload)} bytes, expected {_num_behind(block)} of statistics alone")
-    parameters = codec.decode(view[:end], block.num_trainable)
+    parameters = codec.parse(view[:end], block.num_trainable)
     try:
         statistics = from_bytes(view[end:], block.size - block.num_trainable)
     except ValueError as error:
         raise WireError(f"statistics: {error}") from error
-    return np.concatenate([parameters, statistics])
+    return EncodedDelta(codec.name, payload, parameters, plain(statistics))
+
+
+def _sum_of_squares(part: Encoded) -> float:
+    total, values = 0.0, np.empty(min(part.size, _PIECE), np.float32)
+    for start in range(0, part.size, _PIECE):
+        stop = min(start + _PIECE, part.size)
+        piece = values[: stop - start]
+        part.read(start, stop, piece)
+        total += float(np.einsum("i,i->", piece, piece, dtype=np.float64))
+    return total
 
 
 def _num_behind(block: Block) -> int:

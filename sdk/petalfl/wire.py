@@ -231,7 +231,7 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """A decoded update: ``delta`` = local - base, float32 ``(block.size,)``, finite."""
+    """An update that was checked: ``encoded`` is its delta = local - base, and finite."""
 
     update_id: bytes
     device: str
@@ -239,7 +239,12 @@ class BlockUpdate:
     round_num: int
     base_version: int
     num_examples: int
-    delta: Vector
+    encoded: payloads.EncodedDelta
+
+    @property
+    def delta(self) -> Vector:
+        """The delta itself, float32 ``(block.size,)``: expanded anew with every call."""
+        return self.encoded.decode()
 
 
 def check_announced(manifest: UpdateManifest, block: Block) -> None:
@@ -265,7 +270,7 @@ def decode_payload(
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise WireError(f"block {manifest.block}: the payload's sha256 is not the manifest's")
     try:
-        delta = payloads.decode_payload(parse_codec(manifest.codec), block, payload)
+        encoded = payloads.parse_payload(parse_codec(manifest.codec), block, payload)
     except WireError as error:
         raise WireError(f"block {manifest.block}: {error}") from error
     return BlockUpdate(
@@ -275,7 +280,7 @@ def decode_payload(
         manifest.round_num,
         manifest.base_version,
         manifest.num_examples,
-        delta,
+        encoded,
     )
 
 

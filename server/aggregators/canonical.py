@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.model import Block
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
 from ..matrices import Matrix, matrices
@@ -66,7 +67,8 @@ def canonical(temperature: float = 0.5, energy: float = 0.99) -> Aggregator[Cano
         grams = [np.zeros((m.num_rows, m.num_rows), np.float64) for m in parts]
         return Canonical(parts, grams, [], [])
 
-    def accumulate(state: Canonical, delta: Vector, weight: float) -> Canonical:
+    def accumulate(state: Canonical, encoded: EncodedDelta, weight: float) -> Canonical:
+        delta = encoded.decode()
         for matrix, gram in zip(state.matrices, state.grams, strict=True):
             values = matrix.view(delta).astype(np.float64)
             gram += values @ values.T

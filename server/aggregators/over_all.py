@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.model import Block
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
 from .aggregator import Aggregator
@@ -38,8 +39,8 @@ def over_all(
     def init(block: Block) -> Kept:
         return Kept([], [])
 
-    def accumulate(state: Kept, delta: Vector, weight: float) -> Kept:
-        state.deltas.append(delta)
+    def accumulate(state: Kept, delta: EncodedDelta, weight: float) -> Kept:
+        state.deltas.append(delta.decode())
         state.weights.append(weight)
         return state
 

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
-
 from petalfl.model import Block
-from petalfl.vectors import Vector
+from petalfl.payloads import EncodedDelta
 
+from ..reducer.weighted_sum import WeightedSum
 from .aggregator import Aggregator
-
-
-class WeightedSum(NamedTuple):
-    """The state: Σ w_k Δ_k in float64 ``(size,)``, and Σ w_k."""
-
-    total: NDArray[np.float64]
-    weight: float
 
 
 def weighted_mean() -> Aggregator[WeightedSum]:
@@ -31,16 +20,10 @@ def weighted_mean() -> Aggregator[WeightedSum]:
     """
 
     def init(block: Block) -> WeightedSum:
-        return WeightedSum(np.zeros(block.size, np.float64), 0.0)
+        return WeightedSum(block.size)
 
-    def accumulate(state: WeightedSum, delta: Vector, weight: float) -> WeightedSum:
-        total = state.total
-        total += np.multiply(delta, weight, dtype=np.float64)
-        return WeightedSum(total, state.weight + weight)
+    def accumulate(state: WeightedSum, delta: EncodedDelta, weight: float) -> WeightedSum:
+        state.add(delta, weight)
+        return state
 
-    def finalize(state: WeightedSum) -> Vector | None:
-        if not state.weight:
-            return None
-        return (state.total / state.weight).astype(np.float32)
-
-    return Aggregator(init, accumulate, finalize)
+    return Aggregator(init, accumulate, WeightedSum.mean)

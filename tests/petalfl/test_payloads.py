@@ -9,9 +9,9 @@ from petalfl.codecs import parse_codec
 from petalfl.errors import WireError
 from petalfl.payloads import (
     check_payload_bytes,
-    decode_payload,
     encode_payload,
     max_payload_bytes,
+    parse_payload,
 )
 from petalfl.vectors import Vector
 from tests.petalfl.builders import make_block
@@ -33,7 +33,7 @@ def delta_of(block: str) -> Vector:
 def test_statistics_come_back_as_they_are(name: str) -> None:
     codec, delta = parse_codec(name), delta_of("normed")
     payload, left = encode_payload(codec, NORMED, delta, None, RNG)
-    found = decode_payload(codec, NORMED, payload)
+    found = parse_payload(codec, NORMED, payload).decode()
     np.testing.assert_array_equal(found[40:], delta[40:])
     np.testing.assert_array_equal(found[:40], codec.decode(payload[:-32], 40))
     check_payload_bytes(codec, len(payload), NORMED)
@@ -55,7 +55,7 @@ def test_f32_is_the_vector_itself() -> None:
 def test_any_bytes_are_decoded_or_refused(name: str, block: object, payload: bytes) -> None:
     known = NORMED if block is NORMED else PLAIN
     try:
-        found = decode_payload(parse_codec(name), known, payload)
+        found = parse_payload(parse_codec(name), known, payload).decode()
     except WireError:
         return
     assert found.shape == (known.size,) and np.isfinite(found).all()
@@ -69,7 +69,7 @@ def test_statistics_are_finite_on_both_sides(bad: float) -> None:
     with pytest.raises(ValueError, match="a running statistic is NaN or infinite"):
         encode_payload(codec, NORMED, delta, None, RNG)
     with pytest.raises(WireError, match="statistics: a value is NaN or infinite"):
-        decode_payload(codec, NORMED, payload[:-4] + np.array([bad], "<f4").tobytes())
+        parse_payload(codec, NORMED, payload[:-4] + np.array([bad], "<f4").tobytes())
 
 
 @pytest.mark.parametrize("name", NAMES)

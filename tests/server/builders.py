@@ -26,6 +26,7 @@ from petalfl.model import (
     Tensor,
 )
 from petalfl.mqtt import Endpoint as BrokerEndpoint
+from petalfl.payloads import plain_delta
 from petalfl.training import Hyperparameters
 from petalfl.transport import Handler, MemoryBroker, MemoryTransport
 from petalfl.vectors import Vector, from_bytes, to_bytes
@@ -103,6 +104,9 @@ def make_block(
     return block, files
 
 
+BLOCKS = {name: make_block(name, *rest)[0] for name, rest in LAYOUT.items()}
+
+
 def write_artifacts(folder: Path, layout: Layout | None = None, **changes: Any) -> ModelManifest:
     """Writes the tiny model to ``folder``; ``changes`` replace fields of its manifest."""
     made = [make_block(name, *rest) for name, rest in (layout or LAYOUT).items()]
@@ -161,8 +165,9 @@ def make_update(
     vector = np.broadcast_to(np.asarray(delta, np.float32), SIZES[block])
     known = update_id or make_id(device, block, round_num)
     return wire.BlockUpdate(
-        known, device, block, round_num, base_version, num_examples, np.ascontiguousarray(vector)
-    )
+        known, device, block, round_num, base_version, num_examples,
+        plain_delta(np.ascontiguousarray(vector)),
+    )  # fmt: skip
 
 
 def make_report(

@@ -23,6 +23,7 @@ from server.buffers import Buffer
 from server.config import PerBlock
 from server.state import StateError
 from tests.server.builders import (
+    BLOCKS,
     ENROLLED,
     INITIAL,
     LAYOUT,
@@ -292,7 +293,7 @@ class Script:
                 await settle()
             await run.federation.commit()
             accepted = run.state.history.totals()["updates_accepted"]
-            pending = len(list(run.state.unconsumed_updates(SIZES)))
+            pending = len(list(run.state.unconsumed_updates(BLOCKS)))
         root = self.site.data_dir / "blocks"
         files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
         return {**files, "pending": bytes([pending])}, accepted

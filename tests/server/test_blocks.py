@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from petalfl import wire
 from petalfl.model import ModelManifest
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.config import private_blocks
 from server.service import _welcome
@@ -49,7 +50,7 @@ def block_update(
 ) -> wire.BlockUpdate:
     vector = np.full(manifest.block(block).size, delta, np.float32)
     update_id = make_id(device, block, round_num)
-    return wire.BlockUpdate(update_id, device, block, round_num, version, 1, vector)
+    return wire.BlockUpdate(update_id, device, block, round_num, version, 1, plain_delta(vector))
 
 
 async def finish_round(run: Run, round_num: int, delta: float) -> None:

@@ -14,6 +14,7 @@ from petalfl import topics, wire
 from petalfl.codecs import parse_codec
 from petalfl.errors import TransportError
 from petalfl.model import ModelManifest
+from petalfl.payloads import plain_delta
 from petalfl.training import Hyperparameters
 from petalfl.transport import MemoryBroker
 from petalfl.vectors import Vector, to_bytes
@@ -45,7 +46,7 @@ DEVICE = "watch"
 
 def make_big(seed: int = 0) -> wire.BlockUpdate:
     delta = np.random.default_rng(seed).normal(size=BIG).astype(np.float32)
-    return wire.BlockUpdate(make_id("big", seed), DEVICE, "big", 1, 1, 12, delta)
+    return wire.BlockUpdate(make_id("big", seed), DEVICE, "big", 1, 1, 12, plain_delta(delta))
 
 
 UPDATE = make_big()
@@ -73,7 +74,7 @@ class Gate(Door):
     def assert_counts_once(self, update: wire.BlockUpdate = UPDATE) -> None:
         [found] = self.judge.updates
         assert to_bytes(found.delta) == to_bytes(update.delta)
-        assert replace(found, delta=update.delta) == update
+        assert replace(found, encoded=update.encoded) == update
         assert self.receipts[-1] == wire.Receipt(update.update_id, "accepted")
         assert self.transport.raised == []
 
@@ -304,7 +305,7 @@ async def test_an_update_in_every_codec(gate: Gate, codec: str) -> None:
     await gate.send("head", manifest, chunk, wire.Fin(HEAD.update_id))
     [found] = gate.judge.updates
     np.testing.assert_array_equal(found.delta, parse_codec(codec).decode(payload, 8))
-    assert replace(found, delta=HEAD.delta) == HEAD
+    assert replace(found, encoded=HEAD.encoded) == HEAD
     assert gate.receipts == [wire.Receipt(HEAD.update_id, "accepted")]
 
 
@@ -334,7 +335,8 @@ async def test_a_payload_that_its_codec_cannot_have_written_is_rejected(gate: Ga
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 async def test_a_payload_that_is_not_finite_is_rejected(gate: Gate, value: float) -> None:
-    bad = replace(HEAD, delta=np.array([0, 1, 2, 3, value, 5, 6, 7], np.float32))
+    vector = np.array([0, 1, 2, 3, value, 5, 6, 7], np.float32)
+    bad = replace(HEAD, encoded=plain_delta(vector))
     await gate.send("head", *messages_of(bad))
     gate.assert_untouched(payload=1)
     reason = "block head: f32: a value is NaN or infinite"

@@ -16,7 +16,7 @@ import pytest
 from server.database import open_database
 from server.journal import DATABASE, Journal
 from server.versions import StateError
-from tests.server.builders import SIZES, make_update
+from tests.server.builders import BLOCKS, SIZES, make_update
 
 
 class Database:
@@ -52,7 +52,7 @@ def journal(tmp_path: Path, db: Database) -> Iterator[Journal]:
 
 
 def waiting(journal: Journal) -> list[tuple[str, float]]:
-    return [(update.device, float(update.delta[0])) for update in journal.unconsumed(SIZES)]
+    return [(update.device, float(update.delta[0])) for update in journal.unconsumed(BLOCKS)]
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -62,7 +62,7 @@ def test_an_update_committed_while_segments_are_set_aside_is_kept(
     monkeypatch.setattr("server.journal.SEGMENT_BYTES", 4 * SIZES["head"])  # one update in each
     db.meanwhile, db.is_before = journal.commit, is_before
     for number in range(3):
-        journal.append(make_update(f"device-{number}", "head", number), 1.0)
+        journal.append(make_update(f"device-{number}", "head", number))
     db.meanwhile = lambda: None
     journal.commit()
     assert waiting(journal) == [("device-0", 0), ("device-1", 1), ("device-2", 2)]
@@ -81,7 +81,7 @@ def test_updates_are_appended_while_others_are_committed(journal: Journal) -> No
     thread.start()
     try:
         for number in range(500):
-            journal.append(make_update(f"device-{number}", "head", number), 1.0)
+            journal.append(make_update(f"device-{number}", "head", number))
     finally:
         is_over.set()
         thread.join()
@@ -94,12 +94,12 @@ OTHERS = [("phone", "head", 1), ("watch", "fusion", 1), ("watch", "head", 2)]
 
 
 def test_a_row_knows_its_task_before_and_after_its_commit(journal: Journal) -> None:
-    journal.append(make_update("watch", "head", 1.0), 1.0)
+    journal.append(make_update("watch", "head", 1.0))
     for _ in range(2):
         for device, block, round_num in OTHERS:
             assert not journal._has_other(make_update(device, block, 1.0, round_num=round_num))
         with pytest.raises(StateError, match="has an update of that task"):
-            journal.append(make_update("watch", "head", 2.0, update_id=bytes(16)), 1.0)
+            journal.append(make_update("watch", "head", 2.0, update_id=bytes(16)))
         journal.commit()
     assert journal._sent == set()
 
@@ -107,7 +107,7 @@ def test_a_row_knows_its_task_before_and_after_its_commit(journal: Journal) -> N
 async def test_without_a_descriptor_to_spare_what_is_held_stays(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal.append(make_update("watch", "head", 1.0), 1.0)
+    journal.append(make_update("watch", "head", 1.0))
 
     def dup(descriptor: int) -> int:
         raise OSError(24, "Too many open files")

@@ -22,7 +22,7 @@ from server.maintenance import (
 )
 from server.state import NewVersion, ServerState
 from server.versions import OLDEST, version_path
-from tests.server.builders import LAYOUT, SIZES, Site, make_block, make_update
+from tests.server.builders import BLOCKS, LAYOUT, SIZES, Site, make_block, make_update
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def read_all(folder: Path) -> tuple[object, ...]:
     """What a server would find there."""
     state = ServerState(folder)
     try:
-        waiting = [(u.update_id, u.delta.tobytes()) for u in state.unconsumed_updates(SIZES)]
+        waiting = [(u.update_id, u.delta.tobytes()) for u in state.unconsumed_updates(BLOCKS)]
         return state.history.rounds(), state.newest_versions(), state.devices(), waiting
     finally:
         state.close()
@@ -296,5 +296,5 @@ async def test_a_torn_tail_of_the_journal_is_no_damage(site: Site) -> None:
     with site.state() as state:
         assert isinstance(state._journal, Journal)
         state.journal_update(make_update("both", "head", 3.0, round_num=4))
-        assert len(list(state.unconsumed_updates(SIZES))) == 3
+        assert len(list(state.unconsumed_updates(BLOCKS))) == 3
     assert inspect(site.data_dir)[0].damages == []

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector, to_bytes
 from petalfl.wire import BlockUpdate
 from server.aggregators import weighted_mean
@@ -112,7 +113,8 @@ def arrivals(draw: st.DrawFn) -> tuple[list[BlockUpdate], list[BlockUpdate]]:
     order = draw(st.permutations(true + extra))
     for of in true:  # a second try with other values, at some place after the first one
         first = next(i for i, one in enumerate(order) if one is of)
-        other = replace(of, update_id=make_id("second", of.device, of.block), delta=of.delta + 1)
+        other_id = make_id("second", of.device, of.block)
+        other = replace(of, update_id=other_id, encoded=plain_delta(of.delta + 1))
         order.insert(draw(st.integers(first + 1, len(order))), other)
     return true, order
 
@@ -212,7 +214,7 @@ def test_a_refusal_says_why_and_changes_nothing(case: str) -> None:
 def test_a_second_update_of_the_same_device_and_block_is_refused() -> None:
     target = new_round()
     first = update("watch", "head", 1.0)
-    second = replace(first, update_id=make_id("second"), delta=first.delta * 5)
+    second = replace(first, update_id=make_id("second"), encoded=plain_delta(first.delta * 5))
     assert offer(target, first, second) == ["", "duplicate"]
     assert not target.has("watch", second)
     np.testing.assert_array_equal(delta_of(target, "head"), np.ones(8))

@@ -21,6 +21,7 @@ from server.rounds import Assignment
 from server.selection import Candidate
 from server.state import Closing, NewVersion, OpenRound, ServerState, StateError
 from tests.server.builders import (
+    BLOCKS,
     INITIAL,
     LAYOUT,
     NOW_S,
@@ -36,7 +37,6 @@ COHORT = {
     "watch": Assignment(1, frozenset({"encoder-acc", "head"})),
     "phone": Assignment(1, frozenset({"head"})),
 }
-BLOCKS = {name: make_block(name, *layout)[0] for name, layout in LAYOUT.items()}
 HEAD = BLOCKS["head"]
 UPDATES = [
     make_update("watch", "head", np.arange(8) / 7, num_examples=3),
@@ -103,7 +103,7 @@ def assert_round_is_open(state: ServerState) -> None:
     assert state.unclosed_round() == OpenRound(1, NOW_S)
     assert state.newest_tasks(1) == COHORT
     assert state.last_closed_round() == 0
-    found = list(state.unconsumed_updates(SIZES))
+    found = list(state.unconsumed_updates(BLOCKS))
     assert len(found) == len(UPDATES) and all(map(same, found, UPDATES))
     assert state.newest_versions() == dict.fromkeys(BLOCKS, 1)
 
@@ -155,7 +155,7 @@ def test_updates_come_back_in_order_of_arrival_and_bit_for_bit(state: ServerStat
     odd = np.array([0.1, -0.0, 1e-42, 3.4e38, -1e-7, np.pi, 1, -1], np.float32)
     updates = [make_update("watch", "head", odd), *UPDATES[1:]]
     open_round(state, *reversed(updates))
-    assert all(map(same, state.unconsumed_updates(SIZES), reversed(updates)))
+    assert all(map(same, state.unconsumed_updates(BLOCKS), reversed(updates)))
 
 
 def test_the_first_report_of_a_device_stands(state: ServerState) -> None:
@@ -341,7 +341,7 @@ def test_what_is_dropped_and_what_stands_out_is_said(state: ServerState) -> None
     assert outlier["norm"] / outlier["median_norm"] == pytest.approx(40 / 1.5)
     assert (fusion["version"], fusion["holders"], fusion["num_dropped"]) == (1, [], 1)
     assert state.history.totals()["updates_dropped"] == 1
-    assert list(state.unconsumed_updates(SIZES)) == []
+    assert list(state.unconsumed_updates(BLOCKS)) == []
 
 
 def test_a_step_may_leave_the_round_open_or_open_the_next(state: ServerState) -> None:
@@ -349,12 +349,12 @@ def test_a_step_may_leave_the_round_open_or_open_the_next(state: ServerState) ->
     head = [new for new in next_versions() if new.block is HEAD]
     state.step(1, head, {UPDATES[0].update_id: 2, UPDATES[2].update_id: 2}, None)
     assert state.unclosed_round() == OpenRound(1, NOW_S)
-    [left] = state.unconsumed_updates(SIZES)
+    [left] = state.unconsumed_updates(BLOCKS)
     assert same(left, UPDATES[1])
     assert ("watch", "head", UPDATES[0].update_id) in state.sent_updates(0), "also the consumed"
     state.step(1, [], {}, Closing(NOW_S + 1, None, num_late=0, has_next=True))
     assert state.unclosed_round() == OpenRound(2, NOW_S + 1)
-    assert len(list(state.unconsumed_updates(SIZES))) == 1
+    assert len(list(state.unconsumed_updates(BLOCKS))) == 1
 
 
 def test_the_newest_task_of_each_device(state: ServerState) -> None:
@@ -387,7 +387,7 @@ def test_a_folder_of_another_format_is_refused(folder: Path) -> None:
         other.execute("PRAGMA user_version=1")
     other.close()
     for _ in range(2):  # and its lock is free again
-        with pytest.raises(StateError, match="has format 1, this server reads 2"):
+        with pytest.raises(StateError, match="has format 1, this server reads 3"):
             ServerState(folder)
 
 

@@ -6,6 +6,7 @@ import functools
 import re
 
 from .codec import Codec
+from .encoded import Encoded
 from .feedback import encode_with_feedback
 from .float32 import float32
 from .halves import bfloat16, float16
@@ -17,6 +18,7 @@ __all__ = [
     "CODEC_REGEX",
     "KINDS",
     "Codec",
+    "Encoded",
     "encode_with_feedback",
     "parse_codec",
 ]

@@ -10,6 +10,8 @@ import numpy as np
 from petalfl.errors import WireError
 from petalfl.vectors import Vector
 
+from .encoded import Encoded
+
 
 class Codec(NamedTuple):
     """A pair of pure functions, by the name that the wire has for them.
@@ -19,7 +21,8 @@ class Codec(NamedTuple):
         max_bytes: The most bytes of a vector of a size.
         encode: Vector and generator to payload. ValueError: a value is not finite or beyond the
             codec's range, when `f32` must do.
-        decode: Payload and size to vector; `WireError` for whatever `encode` cannot have made.
+        parse: Payload and size to what they say, checked but not expanded; `WireError` for
+            whatever `encode` cannot have made.
         has_fixed_length: Every payload is as long as ``max_bytes`` says.
         has_residual: What encoding leaves out is the sender's to keep and to add next time.
     """
@@ -27,9 +30,13 @@ class Codec(NamedTuple):
     name: str
     max_bytes: Callable[[int], int]
     encode: Callable[[Vector, np.random.Generator], bytes]
-    decode: Callable[[bytes | memoryview, int], Vector]
+    parse: Callable[[bytes | memoryview, int], Encoded]
     has_fixed_length: bool = True
     has_residual: bool = False
+
+    def decode(self, data: bytes | memoryview, size: int) -> Vector:
+        """The vector itself; errors as of ``parse``."""
+        return self.parse(data, size).decode()
 
 
 def check_length(name: str, data: bytes | memoryview, expected: int, size: int) -> None:
@@ -40,17 +47,6 @@ def check_length(name: str, data: bytes | memoryview, expected: int, size: int) 
     """
     if len(data) != expected:
         raise WireError(f"{name}: {len(data)} bytes, expected {expected} for {size} parameters")
-
-
-def check_finite(name: str, vector: Vector) -> Vector:
-    """The vector that was decoded.
-
-    Raises:
-        WireError: A value is NaN or infinite.
-    """
-    if not np.isfinite(vector).all():
-        raise WireError(f"{name}: a value is NaN or infinite")
-    return vector
 
 
 def check_range(name: str, vector: Vector, limit: float) -> None:

@@ -8,13 +8,14 @@ from petalfl.errors import WireError
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
 from .codec import Codec, check_range
+from .encoded import Encoded, plain
 
 MAX = float(np.finfo(np.float32).max)
 
 
 def float32() -> Codec:
     """Little-endian float32: exact."""
-    return Codec("f32", lambda size: 4 * size, _encode, _decode)
+    return Codec("f32", lambda size: 4 * size, _encode, _parse)
 
 
 def _encode(vector: Vector, rng: np.random.Generator) -> bytes:
@@ -22,8 +23,8 @@ def _encode(vector: Vector, rng: np.random.Generator) -> bytes:
     return to_bytes(vector)
 
 
-def _decode(data: bytes | memoryview, size: int) -> Vector:
+def _parse(data: bytes | memoryview, size: int) -> Encoded:
     try:
-        return from_bytes(data, size)
+        return plain(from_bytes(data, size))
     except ValueError as error:
         raise WireError(f"f32: {error}") from error

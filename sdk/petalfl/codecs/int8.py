@@ -14,8 +14,8 @@ from petalfl.errors import WireError
 from petalfl.vectors import Vector
 
 from .codec import Codec, check_length, check_range
+from .encoded import GROUP, Encoded
 
-GROUP = 256  # values that share a scale: as exact as a scale for each row of a matrix
 LEVELS = 127 - 2.0**-10  # so that a rounding error cannot lead beyond 127
 LIMIT = 2.0**126
 MAX_SCALE = 2.0**120  # times 128 it is finite
@@ -25,7 +25,7 @@ STRIDE = 64  # groups at a time, so that what lies between stays in the cache
 
 def int8() -> Codec:
     """One byte a value: unbiased, each off by less than 1/126 of its group's largest."""
-    return Codec("int8", _num_bytes, _encode, _decode)
+    return Codec("int8", _num_bytes, _encode, _parse)
 
 
 def _num_bytes(size: int) -> int:
@@ -60,19 +60,10 @@ def _quantize(rows: NDArray[np.float32], rng: np.random.Generator) -> tuple[byte
     return scales.tobytes(), values.astype(np.int8).tobytes()
 
 
-def _decode(data: bytes | memoryview, size: int) -> Vector:
+def _parse(data: bytes | memoryview, size: int) -> Encoded:
     check_length("int8", data, _num_bytes(size), size)
     scales = np.frombuffer(data, "<f4", _num_groups(size))
     if not ((scales >= 0) & (scales <= MAX_SCALE)).all():
         raise WireError(f"int8: a scale is not in [0, {MAX_SCALE:g}]")
     levels = np.frombuffer(data, np.int8, size, 4 * scales.size)
-    vector = np.empty(size, np.float32)
-    num_full = size // GROUP
-    end = num_full * GROUP
-    np.multiply(
-        levels[:end].reshape(num_full, GROUP),
-        scales[:num_full, np.newaxis],
-        out=vector[:end].reshape(num_full, GROUP),
-    )
-    np.multiply(levels[end:], scales[num_full:], out=vector[end:])
-    return vector
+    return Encoded(size, "int8", levels, scales)

@@ -13,6 +13,7 @@ from petalfl.errors import WireError
 from petalfl.vectors import Vector
 
 from .codec import Codec, check_range
+from .encoded import Encoded, sparse
 from .float32 import MAX
 from .lossless import deflate, inflate
 
@@ -43,14 +44,14 @@ def topk(name: str, share: float, values: Codec) -> Codec:
         bitmap = np.packbits(is_kept, bitorder="little").tobytes()
         return deflate(bitmap + values.encode(vector[is_kept], rng))
 
-    def decode(data: bytes | memoryview, size: int) -> Vector:
+    def parse(data: bytes | memoryview, size: int) -> Encoded:
         content = inflate(name, data, num_bytes(size))
-        is_kept = _read_bitmap(name, content, size, num_kept(size))
-        vector = np.zeros(size, np.float32)
-        vector[is_kept] = values.decode(content[-(-size // 8) :], num_kept(size))
-        return vector
+        bitmap = np.frombuffer(content, np.uint8, -(-size // 8))
+        is_kept = _read_bitmap(name, bitmap, size, num_kept(size))
+        kept = values.parse(content[bitmap.size :], num_kept(size))
+        return sparse(size, is_kept, bitmap, kept)
 
-    return Codec(name, num_bytes, encode, decode, has_fixed_length=False, has_residual=True)
+    return Codec(name, num_bytes, encode, parse, has_fixed_length=False, has_residual=True)
 
 
 def _largest(vector: Vector, count: int) -> NDArray[np.bool_]:
@@ -63,8 +64,7 @@ def _largest(vector: Vector, count: int) -> NDArray[np.bool_]:
     return is_kept
 
 
-def _read_bitmap(name: str, content: memoryview, size: int, count: int) -> NDArray[np.bool_]:
-    bitmap = np.frombuffer(content, np.uint8, -(-size // 8))
+def _read_bitmap(name: str, bitmap: NDArray[np.uint8], size: int, count: int) -> NDArray[np.bool_]:
     bits = np.unpackbits(bitmap, bitorder="little").view(np.bool_)
     if bits[size:].any():
         raise WireError(f"{name}: a bit is set beyond the last of {size} parameters")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from petalfl.model import Block
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import Aggregator
 from tests.server.builders import make_block
@@ -27,7 +28,7 @@ def aggregate(
 ) -> Vector:
     state = aggregator.init(block or vector_block())
     for delta, weight in updates:
-        state = aggregator.accumulate(state, delta, weight)
+        state = aggregator.accumulate(state, plain_delta(delta), weight)
     found = aggregator.finalize(state)
     assert found is not None
     return found

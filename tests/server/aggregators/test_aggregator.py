@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalfl.payloads import plain_delta
 from petalfl.vectors import from_bytes, to_bytes
 from server.aggregators import AGGREGATORS, Aggregator, parse_aggregator
 from tests.server.aggregators.builders import (
@@ -80,7 +81,7 @@ def test_finalizing_again_gives_the_same(rule: Aggregator[Any]) -> None:
     rng = np.random.default_rng(4)
     state = rule.init(vector_block(50))
     for _ in range(5):
-        state = rule.accumulate(state, rng.normal(size=50).astype(np.float32), 2.0)
+        state = rule.accumulate(state, plain_delta(rng.normal(size=50).astype(np.float32)), 2.0)
     first, second = rule.finalize(state), rule.finalize(state)
     assert first is not None and second is not None
     assert to_bytes(first) == to_bytes(second)
@@ -105,7 +106,7 @@ def test_extreme_values_neither_overflow_nor_vanish(rule: Aggregator[Any], value
 @every_rule
 def test_states_are_independent(rule: Aggregator[Any]) -> None:
     first, second = rule.init(vector_block()), rule.init(vector_block())
-    rule.accumulate(first, np.ones(SIZE, np.float32), 1)
+    rule.accumulate(first, plain_delta(np.ones(SIZE, np.float32)), 1)
     assert rule.finalize(second) is None
 
 

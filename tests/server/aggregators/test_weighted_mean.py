@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from server.aggregators import weighted_mean
 from tests.server.aggregators.builders import (
@@ -96,6 +97,6 @@ def test_extreme_values_neither_overflow_nor_vanish(value: float) -> None:
 def test_states_are_independent() -> None:
     aggregator = weighted_mean()
     first, second = aggregator.init(vector_block(1)), aggregator.init(vector_block(1))
-    first = aggregator.accumulate(first, np.ones(1, np.float32), 1)
+    first = aggregator.accumulate(first, plain_delta(np.ones(1, np.float32)), 1)
     assert aggregator.finalize(second) is None
     np.testing.assert_array_equal(aggregator.finalize(first), [1])

@@ -18,7 +18,7 @@ from server.conduct import FORGIVEN_BYTES_PER_S
 from server.gateway import TOLERATED_BYTES
 from server.transfers import MAX_PER_DEVICE
 from tests.server.attacks.victim import MEMBER, STRANGER, Victim, open_victim
-from tests.server.builders import SIZES, announce, make_id, make_report, make_update, messages_of
+from tests.server.builders import BLOCKS, announce, make_id, make_report, make_update, messages_of
 
 Attack = list[tuple[str, wire.Message | bytes]]
 UP, UP_STRANGER = f"blocks/head/up/{MEMBER}", f"blocks/head/up/{STRANGER}"
@@ -155,11 +155,11 @@ async def test_a_replay_counts_once(victim: Victim) -> None:
             victim.receive(UP, message)
     await victim.run.federation.commit()
     victim.run.federation.round.results(["head"])  # type: ignore[union-attr]
-    assert len(list(victim.run.state.unconsumed_updates(SIZES))) == 1
+    assert len(list(victim.run.state.unconsumed_updates(BLOCKS))) == 1
     other = replace(UPDATE, update_id=make_id("again"))
     for message in messages_of(other):
         victim.receive(UP, message)
-    assert len(list(victim.run.state.unconsumed_updates(SIZES))) == 1
+    assert len(list(victim.run.state.unconsumed_updates(BLOCKS))) == 1
     assert victim.run.federation.refused["duplicate"] == 1
 
 
@@ -244,7 +244,7 @@ async def test_a_bad_line_is_no_flood(victim: Victim) -> None:
 async def test_what_would_not_count_is_refused_before_it_is_sent(victim: Victim) -> None:
     for manifest in (replace(MANIFEST, round_num=99), replace(MANIFEST, block="fusion")):
         up = f"blocks/{manifest.block}/up/{STRANGER}"
-        victim.receive(up, replace(manifest, num_bytes=4 * SIZES[manifest.block]))
+        victim.receive(up, replace(manifest, num_bytes=4 * BLOCKS[manifest.block].size))
         assert len(victim.gateway.transfers) == 0
         victim.receive(up, FIN)
         [receipt] = await victim.receipts()

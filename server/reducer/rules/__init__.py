@@ -1,0 +1,1 @@
+"""Kernels of the rules that need all updates at once."""
