@@ -400,13 +400,14 @@ class Federation:
         if self.finished.is_set():
             self._send(device, wire.Finish(self.shared.pointers_of(held)))
         elif self.round is not None and self._is_asked(device):
+            asked = self.round.cohort[device].blocks
+            if asked and not asked & held:  # it came back without any of them
+                self.round.give_up(device)
+                return
             if not self.round.is_open(device):
                 now_s = asyncio.get_running_loop().time()
                 self.round.reopen(device, now_s + self.config.deadline_s)
-            if self.round.cohort[device].blocks <= held:
-                self._send(device, self._task(device))
-            else:  # it came back with less
-                self.round.give_up(device)
+            self._send(device, self._task(device))
 
     def _is_asked(self, device: str) -> bool:
         """Whether a device's report counts; asynchronously, after its deadline too."""
@@ -415,8 +416,10 @@ class Federation:
         return self.round.is_open(device) or (is_late and device not in self.round.reports)
 
     def _task(self, device: str) -> wire.Task:
+        """What it was assigned, as far as it still holds that."""
         assert self.round is not None
         assignment, held = self.round.cohort[device], self.roster.ready[device]
+        assignment = assignment._replace(blocks=assignment.blocks & held)
         codec = self.roster.codec(device, self.config)
         return make_task(assignment, held, self.shared, self.config, self.round_num, codec)
 

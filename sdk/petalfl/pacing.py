@@ -29,6 +29,11 @@ class Pacing:
         """Between `pause` and `resume`."""
         return self._is_paused
 
+    @property
+    def is_stopping(self) -> bool:
+        """Since `stop`."""
+        return self._is_stopping
+
     def begin(self) -> None:
         """Forgets an earlier `stop`."""
         self._is_stopping = False

@@ -36,7 +36,7 @@ def test_every_task_keeps_to_the_budget_and_every_block_moves(
                 )  # fmt: skip
                 clients.append(stack.enter_context(client))
             asyncio.run(take_part(clients))
-            kept = {c.device: c._current_model().parameters for c in clients}
+            kept = {c.device: c._trainer.model.parameters for c in clients}
         sent = server.query("SELECT device, round_num, SUM(num_bytes) FROM updates GROUP BY 1, 2")
         assert len(sent) == 2 * ROUNDS
         assert all(0 < num_bytes <= budget for _, _, num_bytes in sent)

@@ -16,6 +16,7 @@ import pytest
 from petalfl import EdgeClient, wire
 from petalfl.model import Block, ModelManifest
 from petalfl.store import DeviceStore, Outgoing
+from petalfl.trainer import Trainer
 from petalfl.training import TrainingResult
 from petalfl.vectors import Vector, from_bytes
 from tests.integration.harness import Server, running_server, take_part
@@ -41,23 +42,24 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    seen, make_update = Seen(), EdgeClient._make_update
+    seen, make_update = Seen(), Trainer.make_update
 
     def spy(
-        self: EdgeClient, block: Block, task: wire.Task, result: TrainingResult, before: Vector,
+        self: Trainer, block: Block, task: wire.Task, result: TrainingResult, before: Vector,
         rng: np.random.Generator,
     ) -> tuple[Outgoing, Any]:  # fmt: skip
+        assert self.identity is not None
         outgoing, residual = make_update(self, block, task, result, before, rng)
         manifest = wire.decode(outgoing.message)
         assert isinstance(manifest, wire.UpdateManifest)
-        decoded = wire.decode_payload(manifest, outgoing.payload, self.device, block)
-        key = (self.device, block.name)
+        decoded = wire.decode_payload(manifest, outgoing.payload, self.identity.device, block)
+        key = (self.identity.device, block.name)
         seen.trained[key].append(result.parameters[block.name] - before)
         seen.sent[key].append(decoded.delta)
         seen.manifests.append(manifest)
         return outgoing, residual
 
-    monkeypatch.setattr(EdgeClient, "_make_update", spy)
+    monkeypatch.setattr(Trainer, "make_update", spy)
     yield seen
 
 
@@ -137,7 +139,7 @@ def test_a_device_that_knows_less(
     seen: Seen, small_artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server asks it for the best codec that both know."""
-    monkeypatch.setattr("petalfl.client.KINDS", ("f32", "f16", "int8"))
+    monkeypatch.setattr("petalfl.trainer.KINDS", ("f32", "f16", "int8"))
     arguments = ("--rounds", "1", "--codec", "topk-int8:0.1", *SCHEME)
     with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
         train(server, tmp_path)

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from petalfl import EdgeClient
 from petalfl.data import check_inputs, check_labels
 from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest
 from petalfl.schema import plain
 from petalfl.store import Outgoing
+from petalfl.trainer import Trainer
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import UpdateManifest, decode
@@ -244,9 +244,9 @@ def federation(
 ) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("node")
     deltas: dict[bytes, Vector] = {}
-    make_update = EdgeClient._make_update
+    make_update = Trainer.make_update
 
-    def spy(self: EdgeClient, *arguments: Any) -> tuple[Outgoing, Any]:
+    def spy(self: Trainer, *arguments: Any) -> tuple[Outgoing, Any]:
         outgoing, residual = make_update(self, *arguments)
         message = decode(outgoing.message)
         assert isinstance(message, UpdateManifest)
@@ -256,7 +256,7 @@ def federation(
     *others, member = three_devices()
     assert member.name == NODE_DEVICE
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(EdgeClient, "_make_update", spy)
+        patch.setattr(Trainer, "make_update", spy)
         server = stack.enter_context(
             running_server(watch_artifacts, folder / "server", "--rounds", "3", *SCHEME)
         )

@@ -21,6 +21,7 @@ from petalfl import EdgeClient, WireError, topics, wire
 from petalfl.http import HttpClient
 from petalfl.model import ModelManifest
 from petalfl.mqtt import MqttTransport
+from petalfl.participation import Participation
 from petalfl.store import DeviceStore
 from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.transport import Handler, MemoryBroker, Transport
@@ -326,7 +327,7 @@ def test_no_update_can_be_made_of_a_private_block(
     with pytest.raises(
         ValueError, match=f"block {block} is not shared: it cannot become an update"
     ):
-        acc_only._make_update(run.manifest.block(block), task, result, vector, RNG)
+        acc_only._trainer.make_update(run.manifest.block(block), task, result, vector, RNG)
 
 
 def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -
     task = wire.Task(3, 0, hyperparameters(), 0, {"encoder-acc": wire.BlockVersion(1, "0" * 64)})
     client = EdgeClient(run.server.url, store=tmp_path)
     with client, pytest.raises(ValueError, match="is not shared"):
-        client._make_update(run.manifest.block("encoder-acc"), task, result, vector, RNG)
+        client._trainer.make_update(run.manifest.block("encoder-acc"), task, result, vector, RNG)
 
 
 def meet_server(
@@ -366,7 +367,7 @@ def meet_server(
         async def connect(*arguments: object) -> Transport:
             return broker.connect()
 
-        monkeypatch.setattr(EdgeClient, "_connect", connect)
+        monkeypatch.setattr(Participation, "_connect", connect)
         try:
             await asyncio.wait_for(client.arun(), 10)
         finally:
@@ -401,7 +402,7 @@ def test_what_a_server_may_not_ask_for(
         meet_server(acc_only, monkeypatch, wire.encode(hostile))
     assert record.trained == []
     assert [path for _, path, _ in record.requests if "/blocks/" in path] == []
-    assert acc_only._state.round_num == 2
+    assert acc_only._trainer.state.round_num == 2
 
 
 def test_old_tasks_and_nonsense_are_ignored(
@@ -414,6 +415,6 @@ def test_old_tasks_and_nonsense_are_ignored(
     messages = (b"nonsense", wire.encode(wire.Ready(("acc",), ("head",))), wire.encode(replay))
     meet_server(acc_only, monkeypatch, *messages, then=wire.encode(wire.Finish({})))
     assert record.trained == []
-    assert acc_only._state.round_num == 2
+    assert acc_only._trainer.state.round_num == 2
     assert "ignored a malformed message on fl/v1/default/down/acc-only/task" in caplog.text
     assert "ignored a task of round 1, long trained" in caplog.text

@@ -14,11 +14,11 @@ import pytest
 
 from export import export_model
 from petalfl import EdgeClient, WireError, wire
-from petalfl.client import _number
 from petalfl.downlink import Downlink
 from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.store import DeviceStore
+from petalfl.trainer import _number
 from petalfl.training import Hyperparameters, TrainingResult, train
 from petalfl.vectors import Vector, from_bytes
 from tests.integration.harness import Server, running_server, take_part
@@ -191,10 +191,10 @@ def test_a_frozen_block_cannot_become_an_update(federation: Federation) -> None:
     task = wire.Task(2, 0, HYPERPARAMETERS, 0, {FROZEN: wire.BlockVersion(1, "0" * 64)})
     with full.client(federation.server, federation.stores) as client:
         with pytest.raises(WireError, match=f"asks for block {FROZEN}, which this device does not"):
-            client._check_blocks(task)
+            client._trainer.check_blocks(task)
         with pytest.raises(ValueError, match=f"block {FROZEN} is not shared"):
             result = TrainingResult({FROZEN: vector}, 1, (0.0,))
-            client._make_update(block, task, result, vector, np.random.default_rng(0))
+            client._trainer.make_update(block, task, result, vector, np.random.default_rng(0))
 
 
 def test_a_private_head_of_several(several_artifacts: Path, tmp_path: Path) -> None:
@@ -209,13 +209,13 @@ def test_a_private_head_of_several(several_artifacts: Path, tmp_path: Path) -> N
 
         with full.client(server, tmp_path, on_round=stop_after_one) as client:
             client.run()
-            heads = dict(client._state.private)
+            heads = dict(client._trainer.state.private)
             assert heads.keys() == {"head-kind", "head-tags", "head-pace"}
         labels = {"kind": full.labels["kind"]}
         with full.client(server, tmp_path, labels=labels) as client:
             client.run()
-            assert client._state.round_num == 2
-            again = client._state.private
+            assert client._trainer.state.round_num == 2
+            again = client._trainer.state.private
             assert again["head-pace"] == heads["head-pace"]
             assert again["head-kind"] != heads["head-kind"]
             assert client.predict(full.inputs).keys() == {"kind", "tags", "pace"}

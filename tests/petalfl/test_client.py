@@ -32,10 +32,13 @@ from petalfl import (
 )
 from petalfl.downlink import Downlink, Session
 from petalfl.http import HttpClient, NotThereError
-from petalfl.inbox import Inbox
 from petalfl.mqtt import MqttTransport
+from petalfl.participation import Participation
 from petalfl.store import DeviceStore, Outgoing, State
+from petalfl.threads import Threads
+from petalfl.trainer import LocalData, Trainer
 from petalfl.training import Hyperparameters, TrainingResult
+from petalfl.transport import MemoryBroker
 from petalfl.uplink import Uplink
 from tests.integration.harness import Server, running_server
 
@@ -248,7 +251,7 @@ def running(client: EdgeClient) -> Iterator[None]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        until(lambda: client._identity is not None or bool(errors), "enrollment")
+        until(lambda: client._trainer.identity is not None or bool(errors), "enrollment")
         yield
     finally:
         client.stop()
@@ -290,8 +293,8 @@ def test_stop_amid_training(busy: Server, make: Make) -> None:
     )
     client.run()
     assert (rounds, batches) == ([1], [1, 2])
-    assert client._state.round_num == 0
-    assert client._state.outbox == ()
+    assert client._trainer.state.round_num == 0
+    assert client._trainer.state.outbox == ()
     client.close()
     again = make(busy, "d", on_round=lambda info: rounds.append(info.round_num))
     again.run()
@@ -348,7 +351,7 @@ def test_stop_before_and_after_run(busy: Server, make: Make) -> None:
     client = make(busy, "d")
     client.stop()  # nothing runs: nothing to stop
     client.run()
-    assert client._state.round_num == 3
+    assert client._trainer.state.round_num == 3
     client.stop()
 
 
@@ -404,7 +407,7 @@ def test_start_runs_aside(busy: Server, make: Make) -> None:
     is_free.set()
     until(lambda: busy.get("status")["is_finished"], "the last round")
     client.close()
-    assert client._state.round_num == 3
+    assert client._trainer.state.round_num == 3
 
 
 @pytest.mark.parametrize("when", ["at once", "amid training"])
@@ -553,7 +556,7 @@ def test_a_modality_that_goes_and_comes_back(busy: Server, make: Make, tmp_path:
     held: list[tuple[str, ...]] = []
 
     def change(metrics: RoundMetrics) -> None:
-        held.append(tuple(client._local.inputs))
+        held.append(tuple(client._trainer.local.inputs))
         if metrics.round_num in steps:
             client.set_data(steps[metrics.round_num], LABELS)
 
@@ -572,10 +575,10 @@ def test_data_that_does_not_fit_changes_nothing(idle: Server, make: Make) -> Non
             client.set_data({"a": A, "b": B}, LABELS)
         with pytest.raises(DataError, match="modality a: found shape"):
             client.set_data({"a": B}, LABELS)
-        assert client._local.inputs.keys() == {"a"}
+        assert client._trainer.local.inputs.keys() == {"a"}
     client.set_data({"a": A[:7]}, LABELS[:7])  # it is looked at when it runs
     with running(client):
-        until(lambda: len(client._local.inputs["a"]) == 7, "its data")
+        until(lambda: len(client._trainer.local.inputs["a"]) == 7, "its data")
 
 
 # Examples that grow, a store that is encrypted
@@ -605,6 +608,25 @@ def test_every_round_trains_on_what_has_labels_then(
     assert found == [10, 11, 12]
     counted = busy.query("SELECT num_examples FROM reports ORDER BY round_num")
     assert counted == [(10,), (11,), (12,)]
+
+
+def test_examples_that_will_not_do_cost_a_round_and_not_the_run(
+    busy: Server, make: Make, tmp_path: Path
+) -> None:
+    errors: list[PetalError] = []
+    with ExampleStore(tmp_path / "examples") as examples:
+        for a, label in zip(A[:10], LABELS[:10], strict=True):
+            examples.append({"a": a}, int(label))
+
+        def spoil(info: RoundInfo) -> None:
+            if info.round_num == 2:
+                examples.append({"a": A[10]}, 7)  # no class of the model
+
+        client = make(busy, "d", data=examples, labels=None, on_round=spoil, on_error=errors.append)
+        with running(client):
+            until(lambda: bool(errors), "the error")
+        assert client._trainer.state.round_num == 1
+    assert str(errors[0]).startswith("round 2 is left out: labels: found 0 to 7")
 
 
 def test_an_example_store_that_will_not_do(idle: Server, make: Make, tmp_path: Path) -> None:
@@ -661,7 +683,7 @@ def test_training_that_diverges_ends_the_run(
             DataError, match=r"training diverged at batch .*lower the learning rate"
         ):
             client.run()
-        assert client._state.round_num == 0  # nothing of it is kept
+        assert client._trainer.state.round_num == 0  # nothing of it is kept
 
 
 def test_a_device_that_fails_is_not_waited_for(busy: Server, make: Make) -> None:
@@ -705,7 +727,7 @@ def test_when_it_is_over_there_is_no_more_training(busy: Server, make: Make) -> 
 def test_a_download_that_is_damaged_is_tried_again(
     busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
     get = HttpClient.get
     num_downloads = 0
 
@@ -720,7 +742,7 @@ def test_a_download_that_is_damaged_is_tried_again(
     monkeypatch.setattr(HttpClient, "get", flip_a_bit)
     client = make(busy, "d")
     client.run()
-    assert client._state.round_num == 3
+    assert client._trainer.state.round_num == 3
     assert "block encoder-a version 1: wrong sha256" in caplog.text
 
 
@@ -728,7 +750,7 @@ def test_a_download_that_fails_is_tried_again(
     busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the device takes part, a server that is away for a while ends nothing."""
-    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
     fetch_block = Downlink.fetch_block
     calls: list[str] = []
 
@@ -741,7 +763,7 @@ def test_a_download_that_fails_is_tried_again(
     monkeypatch.setattr(Downlink, "fetch_block", flaky)
     client = make(busy, "d")
     client.run()
-    assert client._state.round_num == 3
+    assert client._trainer.state.round_num == 3
     assert len(calls) == 2 * 4
 
 
@@ -753,7 +775,7 @@ def test_of_a_version_with_another_digest_the_new_one_is_fetched(
         client.run()
     again = make(busy, "d")
     again.predict({"a": A})
-    known = dict(again._pointers)
+    known = dict(again._trainer._pointers)
     fetched: list[wire.BlockVersion] = []
 
     def fetch_block(self: Downlink, block: Any, pointer: wire.BlockVersion) -> Any:
@@ -761,12 +783,23 @@ def test_of_a_version_with_another_digest_the_new_one_is_fetched(
         return np.zeros(block.size, np.float32)
 
     monkeypatch.setattr(Downlink, "fetch_block", fetch_block)
-    again._fetch_blocks(known)
+    taking_part = part_of(again)
+    taking_part._fetch_blocks(known)
     assert fetched == []
     other = wire.BlockVersion(known["encoder-a"].version, "0" * 64)
-    again._fetch_blocks(known | {"encoder-a": other})
+    taking_part._fetch_blocks(known | {"encoder-a": other})
     assert fetched == [other]
-    assert again._pointers == known | {"encoder-a": other}
+    assert again._trainer._pointers == known | {"encoder-a": other}
+
+
+def part_of(client: EdgeClient) -> Participation:
+    """Without a connection."""
+    identity = client._trainer.identity
+    assert identity is not None
+    return Participation(
+        identity, client._trainer, client._downlink, client._callbacks, client._pacing,
+        client._threads,
+    )  # fmt: skip
 
 
 def numbered_task(round_num: int) -> wire.Task:
@@ -777,51 +810,66 @@ def version(number: int) -> wire.BlockVersion:
     return wire.BlockVersion(number, f"{number:064x}")
 
 
-class Hearing(EdgeClient):
-    """A client that trains nothing, of a server that has no version but those in ``served``."""
+class Idler(Trainer):
+    """A device that only notes what it should train."""
+
+    def __init__(self, round_num: int) -> None:
+        self.state = State(round_num)
+        self.local = LocalData({}, {})
+        self.trained: list[int] = []
+
+    def check_blocks(self, task: wire.Task | wire.Finish) -> None:
+        pass
+
+    def train_round(self, task: wire.Task) -> bool:
+        self.trained.append(task.round_num)
+        self.state = State(task.round_num)
+        return True
+
+    def empty_outbox(self) -> None:
+        pass
+
+
+class Hearing(Participation):
+    """An `Idler`'s, at a server that has no version but those in ``served``."""
 
     def __init__(self, round_num: int, served: set[int]) -> None:
-        self._state = State(round_num)
-        self._executor = None
+        self.idler = Idler(round_num)
         self.served = served
         self.tried: list[int] = []
-        self.trained: list[int] = []
+        self.answer: wire.Task | None = None
+        unused: Any = None
+        super().__init__(unused, self.idler, unused, unused, unused, Threads())
+
+    @property
+    def trained(self) -> list[int]:
+        return self.idler.trained
 
     async def hear(self, *messages: wire.Task, answer: wire.Task | None = None) -> None:
         """Messages that come one after another; announced anew, the server may answer."""
-        inbox = Inbox()
-
-        def announce() -> None:
-            if answer is not None:
-                inbox.put(answer)
-
-        worker = asyncio.create_task(self._work(inbox, None, announce))  # type: ignore[arg-type]
+        self._announced = self.idler.ready  # it has been said already
+        self.answer = answer
+        worker = asyncio.create_task(self._work(Uplink(MemoryBroker().connect(), "f", "d")))
         for message in messages:
-            inbox.put(message)
+            self._inbox.put(message)
             await asyncio.sleep(0.1)
         assert not worker.done()
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
 
-    def _check_blocks(self, task: wire.Task | wire.Finish) -> None:
-        pass
+    def _announce_soon(self) -> None:
+        if self.answer is not None:
+            self._inbox.put(self.answer)
 
     def _fetch_blocks(self, wanted: Any) -> None:
         self.tried.append(wanted["head"].version)
         if self.tried[-1] not in self.served:
             raise NotThereError("404")
 
-    def _train_round(self, task: wire.Task) -> None:
-        self.trained.append(task.round_num)
-        self._state = State(task.round_num)
-
-    async def _deliver_outbox(self, uplink: Uplink) -> None:
-        pass
-
 
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petalfl.client.BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
 
 
 async def test_a_version_that_is_gone_is_given_up(no_backoff: None) -> None:
@@ -867,7 +915,7 @@ def test_a_round_that_came_to_nothing_is_taken_back(
             return wire.Receipt(message.update_id, "rejected", "lost")
         return await deliver(self, outgoing)
 
-    monkeypatch.setattr("petalfl.client.train", spy)
+    monkeypatch.setattr("petalfl.trainer.train", spy)
     monkeypatch.setattr(Uplink, "deliver", lose_round_1)
     arguments = ("--rounds", "2", "--scheme", "phf", "--deadline", "0.5")
     with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
@@ -896,7 +944,7 @@ def test_sharing_schemes(
         rows = server.query("SELECT block, COUNT(*) FROM updates GROUP BY block")
     assert dict(rows) == dict.fromkeys(shared, 2)
     assert set(traffic) == shared
-    assert set(client._state.private) == {"encoder-a", "fusion", "head"} - shared
+    assert set(client._trainer.state.private) == {"encoder-a", "fusion", "head"} - shared
     assert client.predict({"a": A}).shape == (24,)
     client.close()
     offline = make(server, "d")
@@ -930,7 +978,7 @@ def test_nobody_can_guess_its_client_id(
         found.append(settings["client_id"])
         return transport(*args, **settings)
 
-    monkeypatch.setattr("petalfl.client.MqttTransport", spied)
+    monkeypatch.setattr("petalfl.participation.MqttTransport", spied)
     for device in ("guessed", "guessed", "other"):
         client = make(idle, device)
         with running(client):

@@ -1,0 +1,59 @@
+"""What an app is told while its device takes part, and asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from petalfl.errors import PetalError
+
+log = logging.getLogger("petalfl.client")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundInfo:
+    """A round is about to be trained; ``num_rounds`` is 0 where no end is planned."""
+
+    round_num: int
+    num_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundMetrics:
+    """What the training of a round came to.
+
+    Attributes:
+        loss: Mean over the round's steps.
+        num_examples: Of the device's data; its weight in the mean.
+        num_steps: Batches trained on.
+        seconds: From the first batch to the last, pauses included.
+    """
+
+    round_num: int
+    loss: float
+    num_examples: int
+    num_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """As in `EdgeClient`."""
+
+    on_round: Callable[[RoundInfo], None]
+    on_progress: Callable[[int, int], None]
+    on_metrics: Callable[[RoundMetrics], None]
+    on_error: Callable[[PetalError], None]
+
+    def survived(self, error: PetalError) -> None:
+        """Tells of what the client goes on after, also where the app cannot take it."""
+        log.warning("%s", error)
+        self.told(error)
+
+    def told(self, error: PetalError) -> None:
+        """Tells the app; what it raises is logged, and changes nothing."""
+        try:
+            self.on_error(error)
+        except Exception:
+            log.exception("on_error failed")

@@ -1,0 +1,210 @@
+"""A device's part in a federation while it is connected: tasks come down, updates go up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from petalfl import topics, wire
+from petalfl.backoff import delays
+from petalfl.callbacks import Callbacks
+from petalfl.downlink import Downlink, Session
+from petalfl.errors import PetalError, TransportError, WireError
+from petalfl.http import NotThereError
+from petalfl.inbox import Inbox
+from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.pacing import Pacing, Stopped
+from petalfl.store import Identity
+from petalfl.threads import Threads
+from petalfl.trainer import Trainer
+from petalfl.transport import Transport
+from petalfl.uplink import Uplink
+
+log = logging.getLogger("petalfl.client")
+BACKOFF_S = (0.5, 30.0)
+GOODBYE_TIMEOUT_S = 2.0
+
+
+class Participation:
+    """One run's, from the connection to the goodbye; made and used on one event loop.
+
+    Args:
+        identity: Under which the device connects.
+        pacing: Stopped when the run ends, so that training gives way.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        trainer: Trainer,
+        downlink: Downlink,
+        callbacks: Callbacks,
+        pacing: Pacing,
+        threads: Threads,
+    ) -> None:
+        self._identity = identity
+        self._trainer, self._downlink = trainer, downlink
+        self._callbacks, self._pacing, self._call = callbacks, pacing, threads.call
+        self._inbox = Inbox()
+        self._stopped = asyncio.Event()
+        self._transport: Transport | None = None
+        self._announced: wire.Ready | None = None
+
+    def stop(self) -> None:
+        """Makes `run` end."""
+        self._stopped.set()
+
+    def announce_changes(self) -> None:
+        """Tells the server of other modalities or tasks than it was told of."""
+        if self._announced is not None and self._trainer.ready != self._announced:
+            self._announce_soon()
+
+    async def run(self, session: Session) -> None:
+        """Takes part until the federation's last round, or `stop`; errors as `EdgeClient.arun`."""
+        self._transport = await self._connect(session)
+        uplink = Uplink(self._transport, self._identity.federation, self._identity.device)
+        handler = functools.partial(_receive, self._inbox, uplink)
+        try:
+            await self._transport.subscribe(self._topic(topics.all_down), handler)
+            await self._announce()
+            await self._until_stopped(asyncio.create_task(self._work(uplink)))
+        finally:  # however it ends: no later round waits for this device
+            with contextlib.suppress(TransportError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._publish_status(False), GOODBYE_TIMEOUT_S)
+            await self._transport.close()
+
+    # The connection
+
+    async def _connect(self, session: Session) -> Transport:
+        # The same after a restart, so that it ends a connection before; a guess would end this one.
+        secret = hashlib.sha256(self._identity.password.encode()).hexdigest()[:16]
+        transport = MqttTransport(
+            Endpoint(session.mqtt_host, session.mqtt_port, session.mqtt_is_tls),
+            login=(self._identity.device, self._identity.password),
+            client_id=f"{self._identity.federation}-{self._identity.device}-{secret}",
+            will=(self._topic(topics.status), wire.encode(wire.Status(is_online=False))),
+            on_connect=self._announce_soon,
+        )
+        await transport.connect()
+        return transport
+
+    def _topic(self, name: Callable[[str, str], str]) -> str:
+        return name(self._identity.federation, self._identity.device)
+
+    async def _announce(self) -> None:
+        """Says that the device is here and can take a task, at the start and after a break."""
+        assert self._transport is not None
+        self._announced = ready = self._trainer.ready
+        await self._publish_status(True)
+        await self._transport.publish(self._topic(topics.request), wire.encode(ready), retain=True)
+
+    def _announce_soon(self) -> None:
+        if self._transport is not None:
+            _in_background(self._announce())
+
+    async def _publish_status(self, is_online: bool) -> None:
+        assert self._transport is not None
+        status = wire.encode(wire.Status(is_online))
+        await self._transport.publish(self._topic(topics.status), status, retain=True)
+
+    async def _until_stopped(self, worker: asyncio.Task[None]) -> None:
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait((worker, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if worker.done() and not self._stopped.is_set():
+                with contextlib.suppress(Stopped):  # it may know before the loop does
+                    worker.result()
+        finally:
+            self._pacing.stop()  # training gives way within a batch
+            stopped.cancel()
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PetalError, Stopped):
+                await worker
+
+    # Tasks
+
+    async def _work(self, uplink: Uplink) -> None:
+        doubted = 0  # a round long trained, of which the server was asked whether it means it
+        trainer = self._trainer
+        while True:
+            task = await self._inbox.get()
+            trainer.check_blocks(task)
+            if isinstance(task, wire.Finish):
+                if await self._fetch_patiently(task):
+                    await self._call(trainer.empty_outbox)  # nothing counts any longer
+                    return
+                continue
+            if task.round_num > trainer.state.round_num or task.round_num == doubted:
+                doubted = 0
+                if not await self._fetch_patiently(task):
+                    continue
+                is_trained = await self._call(trainer.train_round, task)
+                self.announce_changes()  # an example store may have lost the last of a modality
+                if not is_trained:
+                    continue
+            elif task.round_num < trainer.state.round_num or not trainer.state.outbox:
+                # A replay; or the server has gone back to a backup, and then it says it again.
+                log.warning("ignored a task of round %d, long trained", task.round_num)
+                doubted = task.round_num
+                self._announce_soon()
+                continue
+            await self._inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
+
+    async def _fetch_patiently(self, task: wire.Task | wire.Finish) -> bool:
+        """Whether the blocks are here; if not, the server has said something else meanwhile."""
+        for delay_s in delays(*BACKOFF_S):
+            try:
+                await self._call(self._fetch_blocks, task.blocks)
+                break
+            except NotThereError as error:  # the server has gone on, or back
+                log.warning("no blocks (%s): asking for another task", error)
+                self._announce_soon()
+            except TransportError as error:  # the server may be on its way back
+                self._callbacks.survived(TransportError(f"no blocks yet ({error}): trying again"))
+            if await self._inbox.has_other_than(task, delay_s):
+                return False
+        return True
+
+    def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
+        lacking = self._trainer.lacking(wanted)
+        manifest = self._trainer.model.manifest
+        fetched = {
+            name: self._downlink.fetch_block(manifest.block(name), pointer)
+            for name, pointer in lacking.items()
+        }
+        self._trainer.keep_blocks(lacking, fetched)
+
+    async def _deliver_outbox(self, uplink: Uplink) -> None:
+        for outgoing in self._trainer.state.outbox:
+            receipt = await uplink.deliver(outgoing)
+            if receipt.status == "rejected":
+                reason = f"the server rejected an update: {receipt.reason}"
+                self._callbacks.survived(WireError(reason))
+            self._trainer.note_delivered(outgoing)
+        await self._call(self._trainer.empty_outbox)
+
+
+def _receive(inbox: Inbox, uplink: Uplink, topic: str, payload: bytes) -> None:
+    try:
+        message = wire.decode(payload)
+    except WireError as error:
+        log.warning("ignored a malformed message on %s: %s", topic, error)
+        return
+    if isinstance(message, wire.Receipt):
+        uplink.receive(message)
+    elif isinstance(message, (wire.Task, wire.Finish)):
+        inbox.put(message)
+
+
+def _in_background(work: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(_log_failure)
+
+
+def _log_failure(task: asyncio.Future[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("%s", error)

@@ -1,0 +1,368 @@
+"""A device without its network: its store, its model, its data, and the rounds it trains."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from petalfl import wire
+from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
+from petalfl.codecs import KINDS
+from petalfl.data import Labels, check_inputs, check_labels
+from petalfl.errors import DataError, StoreError, WireError
+from petalfl.examples import ExampleStore
+from petalfl.local_model import LocalModel
+from petalfl.model import MANIFEST_NAME, Block, ModelManifest
+from petalfl.pacing import Pacing
+from petalfl.runtime import EngineName
+from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
+from petalfl.training import TrainingResult, train
+from petalfl.updates import make_update
+from petalfl.vectors import Vector, from_bytes, to_bytes
+
+Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore
+
+
+class LocalData(NamedTuple):
+    """Checked: inputs by modality and labels by task, all of one length."""
+
+    inputs: dict[str, NDArray[Any]]
+    labels: dict[str, NDArray[Any]]
+
+
+class Trainer:
+    """What a device is, whether or not it is connected. Its methods block: call them on a thread.
+
+    Args:
+        store: Open; it stays its owner's to close.
+        pacing: Asked before and between batches.
+        num_threads: Of each ONNX Runtime session.
+
+    Attributes:
+        identity: None before the first enrollment.
+        state: As the store has it.
+        local: What the next round trains on.
+
+    Raises:
+        StoreError: The store is damaged.
+    """
+
+    def __init__(
+        self,
+        store: DeviceStore,
+        callbacks: Callbacks,
+        pacing: Pacing,
+        num_threads: int,
+        engine: EngineName,
+    ) -> None:
+        self.identity = store.read_identity()
+        self.state = store.read_state()
+        self.local = LocalData({}, {})
+        self._store = store
+        self._callbacks, self._pacing = callbacks, pacing
+        self._num_threads, self._engine = num_threads, engine
+        self._data: Data | None = None
+        self._labels: Labels | None = None
+        self._data_lock = threading.Lock()
+        self._model: LocalModel | None = None
+        self._model_lock = threading.Lock()
+        self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
+
+    # The data
+
+    @property
+    def modalities(self) -> list[str]:
+        """Of the data, whether or not it has been checked."""
+        data = self._data or {}
+        return sorted(data.modalities if isinstance(data, ExampleStore) else data)
+
+    @property
+    def tasks(self) -> list[str] | None:
+        """That there are labels of; None: of all, or one cannot know yet."""
+        return sorted(self._labels) if isinstance(self._labels, Mapping) else None
+
+    @property
+    def ready(self) -> wire.Ready:
+        """What the server is told that this device can train."""
+        return wire.Ready(tuple(sorted(self.local.inputs)), tuple(sorted(self.local.labels)), KINDS)
+
+    def hold_data(self, data: Data | None, labels: Labels | None) -> None:
+        """Takes data that is checked once there is a model, by `check_data`."""
+        self._data, self._labels = data, labels
+
+    def check_data(self) -> None:
+        """Makes the data the one to train on.
+
+        Raises:
+            DataError: It does not fit the model.
+        """
+        self.local = self._checked(self._data, self._labels)
+
+    def replace_data(self, data: Data, labels: Labels | None) -> None:
+        """Takes other data from the next round on; errors as `EdgeClient.set_data`."""
+        local = self._checked(data, labels)
+        model = self.model
+        lacking = {b.name for b in model.manifest.blocks_for(*local)} - {b.name for b in model.held}
+        if lacking:
+            raise DataError(
+                f"this device does not hold {', '.join(sorted(lacking))}; stop the client, "
+                f"set the data and run it again"
+            )
+        with self._data_lock:
+            self.local = local
+            self._data, self._labels = data, labels
+
+    def _checked(self, data: Data | None, labels: Labels | None) -> LocalData:
+        model = self.model
+        manifest = model.manifest
+        if isinstance(data, ExampleStore):
+            if labels is not None:
+                raise DataError("the example store has its own labels: give none beside it")
+            held = {manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
+            names = held & set(data.modalities)  # what comes to the store later waits for a restart
+            data, labels, _ = data.snapshot(names or None)
+        inputs = check_inputs(manifest, data or {})
+        length = len(next(iter(inputs.values())))
+        labels = labels if labels is not None else np.empty(0)
+        return LocalData(inputs, check_labels(manifest, labels, length))
+
+    def _refreshed(self) -> LocalData:
+        """What to train on now: of an example store, what has labels by now."""
+        if isinstance(data := self._data, ExampleStore):
+            local = self._checked(data, None)
+            with self._data_lock:
+                if self._data is data:  # or other data has come meanwhile
+                    self.local = local
+        return self.local
+
+    # The model
+
+    @property
+    def model(self) -> LocalModel:
+        """The newest; it stays as it is whatever happens here.
+
+        Raises:
+            StoreError: There is none yet, or it is damaged.
+        """
+        with self._model_lock:
+            if self._model is None:
+                self._model = self._load_model()
+            return self._model
+
+    def reload_model(self) -> None:
+        """Takes the artifacts that are in the store now; errors as `model`."""
+        self._model = None
+        _ = self.model
+
+    def is_shared(self, block: Block) -> bool:
+        """Whether the block's deltas may leave this device."""
+        if self.identity is None or block.is_frozen:
+            return False
+        return block.name not in self.identity.private_blocks
+
+    def check_blocks(self, task: wire.Task | wire.Finish) -> None:
+        """Refuses what the server may not ask for.
+
+        Raises:
+            WireError: It asks for a block that this device does not share.
+        """
+        shareable = {b.name for b in self.model.held if self.is_shared(b)}
+        uploads = task.uploads or () if isinstance(task, wire.Task) else ()
+        if unknown := sorted(set(uploads) - task.blocks.keys()):
+            raise WireError(f"the server asks for block {unknown[0]} without saying its version")
+        if foreign := sorted(task.blocks.keys() - shareable):
+            raise WireError(
+                f"the server asks for block {foreign[0]}, which this device does not share; "
+                f"it shares {sorted(shareable)}"
+            )
+
+    def lacking(self, wanted: Mapping[str, wire.BlockVersion]) -> dict[str, wire.BlockVersion]:
+        """The versions that are not here.
+
+        Of two with one number, the server's backup has been restored in between.
+        """
+        return {name: to for name, to in wanted.items() if self._pointers.get(name) != to}
+
+    def keep_blocks(
+        self, pointers: Mapping[str, wire.BlockVersion], vectors: Mapping[str, Vector]
+    ) -> None:
+        """Goes on from downloaded versions, and from those of all other shared blocks."""
+        manifest = self.model.manifest
+        base = self._store.read_shared()
+        stored = {n: _stored_vector(manifest.block(n), v) for n, v in base.vectors.items()}
+        self._replace_parameters({**stored, **vectors})
+        self._pointers |= pointers
+        if vectors:
+            kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
+            versions = {name: pointer.version for name, pointer in self._pointers.items()}
+            self._store.write_shared(Shared(versions, kept))
+
+    def _replace_parameters(self, parameters: Mapping[str, Vector]) -> None:
+        model = self.model
+        with self._model_lock:
+            self._model = model.with_parameters(parameters)
+
+    def _load_model(self) -> LocalModel:
+        manifest_bytes = self._store.read_file(MANIFEST_NAME)
+        if manifest_bytes is None or self.identity is None:
+            raise StoreError(f"the store {self._store.folder} has no model yet: call run() first")
+        manifest = ModelManifest.from_json(manifest_bytes)
+        held = tuple(
+            b for b in manifest.blocks if self._store.read_file(b.artifacts.eval_model.path)
+        )
+        model = LocalModel.open(
+            manifest, self._store.artifacts, held, self._num_threads, self._engine
+        )
+        shared = self._store.read_shared()
+        self._pointers = {
+            name: wire.BlockVersion(version, hashlib.sha256(shared.vectors[name]).hexdigest())
+            for name, version in shared.versions.items()
+            if name in shared.vectors
+        }
+        parameters = {}
+        for block in held:
+            data = None if block.is_frozen else self._trained(block, shared)
+            if data is None and not self.is_shared(block):
+                data = self._store.read_file(block.artifacts.parameters.path)
+            if data is not None:
+                parameters[block.name] = _stored_vector(block, data)
+        return model.with_parameters(parameters)
+
+    def _trained(self, block: Block, shared: Shared) -> bytes | None:
+        vectors = shared.vectors if self.is_shared(block) else self.state.private
+        return vectors.get(block.name)
+
+    # Rounds
+
+    def train_round(self, task: wire.Task) -> bool:
+        """Trains one round and writes private blocks and outbox in one atomic step.
+
+        Returns:
+            False where there is nothing to train on this time; the app was told.
+
+        Raises:
+            DataError: Training diverged; nothing has changed.
+            Stopped: It was told to end; nothing has changed.
+            StoreError: The disk is full, say.
+        """
+        assert self.identity is not None
+        self._pacing.wait()
+        self._callbacks.on_round(RoundInfo(task.round_num, task.num_rounds))
+        model = self.model
+        try:
+            inputs, labels = self._asked(self._refreshed(), task)
+        except DataError as error:  # later examples may do
+            self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
+            return False
+        held = model.manifest.blocks_for(inputs, labels)
+        before = {block.name: model.parameters[block.name] for block in held}
+        rng = np.random.default_rng([task.seed, task.round_num, _number(self.identity.device)])
+        started_s = time.monotonic()
+        result = train(
+            model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
+            shared=task.blocks, on_batch=self._on_batch,
+        )  # fmt: skip
+        seconds = time.monotonic() - started_s
+        self.state = self._state_after(task, held, before, result, rng)
+        self._store.write_state(self.state)
+        self._replace_parameters(result.parameters)
+        self._callbacks.on_metrics(
+            RoundMetrics(
+                task.round_num, result.loss, result.num_examples, len(result.losses), seconds
+            )
+        )
+        return True
+
+    def _asked(self, local: LocalData, task: wire.Task) -> LocalData:
+        """Without what has come since the task was made: its shared blocks would be stale."""
+        manifest = self.model.manifest
+        held = manifest.blocks_for(*local)
+        unasked = [b for b in held if self.is_shared(b) and b.name not in task.blocks]
+        modalities = {manifest.modality_of(b) for b in unasked if b.kind == "encoder"}
+        tasks = {task for task, head in manifest.heads.items() if head in unasked}
+        inputs = {name: array for name, array in local.inputs.items() if name not in modalities}
+        labels = {name: array for name, array in local.labels.items() if name not in tasks}
+        is_fusion = any(b.kind == "fusion" for b in unasked)
+        if is_fusion or not inputs or not labels:
+            names = ", ".join(b.name for b in unasked)
+            raise DataError(f"the task lacks {names}, without which there is nothing to train")
+        return LocalData(inputs, labels)
+
+    def _state_after(
+        self,
+        task: wire.Task,
+        held: tuple[Block, ...],
+        before: Mapping[str, Vector],
+        result: TrainingResult,
+        rng: np.random.Generator,
+    ) -> State:
+        uploads = task.blocks if task.uploads is None else task.uploads
+        outbox, residuals = [], dict(self.state.residuals)
+        for block in held:
+            if block.name in uploads:
+                update, left = self.make_update(block, task, result, before[block.name], rng)
+                outbox.append(update)
+                residuals.pop(block.name, None)
+                residuals |= {} if left is None else {block.name: left}
+        report = wire.Report(
+            secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
+        )
+        outbox.append(Outgoing(wire.encode(report), b""))
+        private = {
+            block.name: to_bytes(result.parameters[block.name])
+            for block in held
+            if not (block.is_frozen or self.is_shared(block))
+        }
+        return State(task.round_num, self.state.private | private, tuple(outbox), residuals)
+
+    def make_update(
+        self,
+        block: Block,
+        task: wire.Task,
+        result: TrainingResult,
+        before: Vector,
+        rng: np.random.Generator,
+    ) -> tuple[Outgoing, Residual | None]:
+        """The one place where a block becomes something to send; refuses all but shared ones."""
+        if not self.is_shared(block):
+            raise ValueError(f"block {block.name} is not shared: it cannot become an update")
+        delta = result.parameters[block.name] - before
+        kept = self.state.residuals.get(block.name)
+        return make_update(block, task, result.num_examples, delta, kept, rng)
+
+    def _on_batch(self, done: int, total: int) -> None:
+        self._callbacks.on_progress(done, total)
+        self._pacing.wait()
+
+    # The outbox
+
+    def note_delivered(self, outgoing: Outgoing) -> None:
+        """Something has its receipt; on disk it stays until the outbox is empty."""
+        rest = tuple(other for other in self.state.outbox if other != outgoing)
+        self.state = replace(self.state, outbox=rest)
+
+    def empty_outbox(self) -> None:
+        """Everything has its receipt, or counts no longer."""
+        self.state = replace(self.state, outbox=())
+        self._store.write_state(self.state)
+
+
+def _stored_vector(block: Block, data: bytes) -> Vector:
+    try:
+        return from_bytes(data, block.size)
+    except ValueError as error:
+        raise StoreError(
+            f"the stored parameters of block {block.name} do not fit the model: {error}"
+        ) from error
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
