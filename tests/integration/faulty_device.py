@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-import petalfl.client
+import petalfl.participation
 import petalfl.uplink
 from petalfl import EdgeClient, PetalError, wire
 from petalfl.downlink import Downlink, Session

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import petalfl.client
+import petalfl.participation
+import petalfl.trainer
 import petalfl.training
 from petalfl import EdgeClient, WireError, topics, wire
 from petalfl.http import HttpClient
@@ -128,9 +129,9 @@ def spy_on(patch: pytest.MonkeyPatch, record: Record) -> None:
         record.trained.append((device, dict(arguments[2]), result.parameters))
         return result
 
-    patch.setattr(petalfl.client, "MqttTransport", Spy)
+    patch.setattr(petalfl.participation, "MqttTransport", Spy)
     patch.setattr(HttpClient, "_request", spy_request)
-    patch.setattr(petalfl.client, "train", spy_train)
+    patch.setattr(petalfl.trainer, "train", spy_train)
 
 
 def count_slices(haystack: bytes, vectors: Iterator[Vector]) -> tuple[int, int]:
