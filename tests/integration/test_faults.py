@@ -34,7 +34,7 @@ ONE_DEVICE = ("--rounds", "2", *SCHEME, "--min-devices", "1", "--epochs", "1")
 
 @pytest.fixture(autouse=True)
 def is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mqtt", "uplink", "client"):
+    for module in ("mqtt", "uplink", "participation"):
         monkeypatch.setattr(f"petalfl.{module}.BACKOFF_S", (0.05, 0.2))
     monkeypatch.setattr("petalfl.uplink.RECEIPT_TIMEOUT_S", 1)
 
