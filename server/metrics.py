@@ -6,10 +6,16 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 
 from .federation import Federation
 from .gateway import Gateway
+from .reducer import active
 from .state import ServerState
 
 
@@ -75,7 +81,9 @@ class _Collector:
             dropped.add_metric([name], totals["updates_dropped"])
             traffic.add_metric(["up", name], totals["bytes_up"])
             traffic.add_metric(["down", name], totals["bytes_down"])
-        counters = (messages, refused, accepted, dropped, traffic)
+        info = InfoMetricFamily("petalfl_reducer", "What sums the updates up")
+        info.add_metric([], {"backend": active().name, "description": active().description})
+        counters = (info, messages, refused, accepted, dropped, traffic)
         return [*gauges.values(), *blocks.values(), *counters]
 
 

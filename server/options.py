@@ -18,6 +18,7 @@ from petalfl.wire import MAX_COUNT
 from .aggregators import parse_aggregator
 from .choices import form_of
 from .optimizers import parse_optimizer
+from .reducer import FORMS, parse_reducer
 from .selection import SELECTIONS, parse_selection
 from .weighting import WEIGHTINGS, parse_weighting
 
@@ -206,6 +207,9 @@ OPTIONS: tuple[Option, ...] = (
            "its dynamic-security plugin", metavar="SPEC", is_of_server=True),
     Option("federation", _text, "default", "a-z, 0-9 and '-'", metavar="NAME", is_of_server=True),
     Option("token", _text, "", "join token; the default is random and kept in --data-dir"),
+    Option("reducer", _rule(parse_reducer), "auto",
+           f"what sums the updates up: {', '.join(FORMS)}; auto takes the fastest that is here: "
+           "docs/reducer.md", metavar="NAME", is_of_server=True),
     Option("log-level", _one_of("debug", "info", "warning", "error"), "info",
            "of the log on stderr: debug, info, warning or error", metavar="LEVEL",
            is_of_server=True, is_reloadable=True),

@@ -21,6 +21,7 @@ from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 from petalfl.model import ModelManifest
 
+from . import reducer
 from .broker import Broker, open_broker
 from .config import Config, ConfigError, make_config
 from .federation import Federation
@@ -75,6 +76,7 @@ async def serve(
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stopped.set)
     async with contextlib.AsyncExitStack() as stack:
+        _choose_reducer(effective, stack)
         states, federations = {}, {}
         for name, model in models.items():
             states[name] = ServerState(model.config.data_dir)
@@ -118,6 +120,17 @@ async def serve(
         await stopped.wait()
     kept = ", ".join(str(model.config.data_dir) for model in models.values())
     print(f"stopped; the state is kept in {kept}: start again to go on", flush=True)
+
+
+def _choose_reducer(effective: Effective, stack: contextlib.AsyncExitStack) -> None:
+    """Before anything arrives: a GPU that is not there must not be found out in a round."""
+    text = effective.server["reducer"].value
+    try:
+        backend = reducer.choose(text)
+    except ValueError as error:
+        raise ConfigError(f"--reducer: {error}") from error
+    stack.enter_context(reducer.use(backend))
+    log.info("updates are summed by %s (--reducer %s): %s", backend.name, text, backend.description)
 
 
 def _cut_off(broker: Broker, device: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -36,7 +39,8 @@ class Backend(Protocol):
         """Adds Σ factors[k] · vectors[k] to ``total``, all ``(size,)``."""
 
 
-BACKENDS = {"numpy": NumpyBackend}
+FORMS = ("auto", "numpy", "numba")  # of ``--reducer``
+_REGEX = r"auto|numpy|numba"
 
 _active: list[Backend] = [NumpyBackend()]
 
@@ -46,17 +50,35 @@ def active() -> Backend:
     return _active[-1]
 
 
-def choose(spec: str) -> Backend:
-    """The backend that a text such as ``numpy`` names, ready to compute.
+def parse_reducer(text: str) -> str:
+    """The text itself, where it is a form of ``--reducer``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not re.fullmatch(_REGEX, text):
+        raise ValueError(f"reducer {text!r} is not known; choose of {', '.join(FORMS)}")
+    return text
+
+
+def choose(text: str) -> Backend:
+    """The backend that a form of ``--reducer`` names, ready to compute.
+
+    ``auto`` takes what was measured to be the fastest of what is installed: docs/reducer.md.
 
     Raises:
         ValueError: There is none such here; the message says what is missing.
     """
-    if spec == "auto":
-        spec = "numpy"
-    if spec not in BACKENDS:
-        raise ValueError(f"reducer {spec!r}: expected auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[spec]()
+    kind = parse_reducer(text)
+    if kind == "auto":
+        kind = "numba" if importlib.util.find_spec("numba") else "numpy"
+    if kind == "numpy":
+        return NumpyBackend()
+    if importlib.util.find_spec("numba") is None:
+        raise ValueError("reducer numba: numba is not installed; pip install petalfl[fast]")
+    module = importlib.import_module(".numba_backend", __package__)
+    backend: Backend = module.NumbaBackend()
+    return backend
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from petalfl.codecs import parse_codec
+from petalfl.payloads import EncodedDelta, encode_payload, parse_payload, plain_delta
+from server.norms import clip
+from server.reducer import weighted_sum
+from server.reducer.weighted_sum import WeightedSum
+from tests.petalfl.builders import make_block
+
+NORMED = make_block("encoder-acc", ("acc",), 4, 9, statistics=8)
+
+
+def delta_of(seed: int, codec: str = "f32") -> EncodedDelta:
+    rng = np.random.default_rng(seed)
+    vector = rng.standard_normal(NORMED.size).astype(np.float32)
+    payload, _ = encode_payload(parse_codec(codec), NORMED, vector, None, rng)
+    return parse_payload(parse_codec(codec), NORMED, payload)
+
+
+@pytest.mark.parametrize("waiting_bytes", [0, 1 << 30])
+def test_the_mean_of_parameters_and_statistics(
+    monkeypatch: pytest.MonkeyPatch, waiting_bytes: int
+) -> None:
+    monkeypatch.setattr(weighted_sum, "WAITING_BYTES", waiting_bytes)
+    codecs = ["f32", "int8", "topk:0.3", "f16"] * 6
+    deltas = [delta_of(seed, codec) for seed, codec in enumerate(codecs)]
+    target = WeightedSum(NORMED.size)
+    for k, delta in enumerate(deltas):
+        target.add(delta, k + 1)
+    weights = np.arange(1, len(deltas) + 1)
+    expected = np.average([delta.decode() for delta in deltas], axis=0, weights=weights)
+    np.testing.assert_allclose(target.mean(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(target.mean(), target.mean())
+
+
+def test_updates_wait_until_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does a pass read the sum for one update, nor do all of a round wait."""
+    size, sizes = 1000, list[int]()
+    monkeypatch.setattr(weighted_sum, "WAITING_BYTES", 4 * size * 10)
+
+    class Spy:
+        name = description = "spy"
+
+        def fold(self, total: object, vectors: list[object], factors: object) -> None:
+            sizes.append(len(vectors))
+
+    monkeypatch.setattr(weighted_sum, "active", Spy)
+    target = WeightedSum(size)
+    for _ in range(25):
+        target.add(plain_delta(np.ones(size, np.float32)), 1.0)
+    assert sizes == [10, 10]
+    target.mean()
+    assert sizes == [10, 10, 5]
+
+
+def test_a_clipped_update_counts_as_it_was_clipped() -> None:
+    long, short = plain_delta(np.array([3, 4], np.float32)), plain_delta(np.ones(2, np.float32))
+    target = WeightedSum(2)
+    target.add(clip(long, 2.5), 1)  # 1.5, 2
+    target.add(clip(short, 2.5), 3)
+    np.testing.assert_allclose(target.mean(), [(1.5 + 3) / 4, (2 + 3) / 4], rtol=1e-7)
+    np.testing.assert_allclose(replace(long, factor=0.5).decode(), [1.5, 2])
