@@ -76,12 +76,13 @@ async def serve(
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stopped.set)
     async with contextlib.AsyncExitStack() as stack:
-        _choose_reducer(effective, stack)
+        backend = stack.enter_context(reducer.use(_choose_reducer(effective)))
         states, federations = {}, {}
         for name, model in models.items():
             states[name] = ServerState(model.config.data_dir)
             stack.callback(states[name].close)
             federations[name] = Federation(model.config, model.manifest, states[name])
+        log.info("updates are summed by %s: %s", backend.name, backend.description)
         names = list(models)
         broker = await _open_broker(effective, names, states[names[0]], stack)
         gateways: list[Gateway] = []
@@ -122,15 +123,12 @@ async def serve(
     print(f"stopped; the state is kept in {kept}: start again to go on", flush=True)
 
 
-def _choose_reducer(effective: Effective, stack: contextlib.AsyncExitStack) -> None:
-    """Before anything arrives: a GPU that is not there must not be found out in a round."""
-    text = effective.server["reducer"].value
+def _choose_reducer(effective: Effective) -> reducer.Backend:
+    """Before anything arrives: that there is no GPU must not come out in a round."""
     try:
-        backend = reducer.choose(text)
+        return reducer.choose(effective.server["reducer"].value)
     except ValueError as error:
         raise ConfigError(f"--reducer: {error}") from error
-    stack.enter_context(reducer.use(backend))
-    log.info("updates are summed by %s (--reducer %s): %s", backend.name, text, backend.description)
 
 
 def _cut_off(broker: Broker, device: str) -> None:

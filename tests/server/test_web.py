@@ -530,6 +530,7 @@ async def test_metrics_are_what_happened(served: Served) -> None:
         ("petalfl_devices_at_work", FED): 1,
         ("petalfl_devices_enrolled", FED): 3,
         ("petalfl_updates_dropped_total", FED): 0,
+        ("petalfl_reducer_info", "numpy"): 1,
         **{("petalfl_block_buffered", block): 0 for block in SIZES},
         **{("petalfl_block_holders", block): int(block != "encoder-gyro") for block in SIZES},
     }
