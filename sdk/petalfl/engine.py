@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import threading
 import weakref
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from petalfl.data import fits
 from petalfl.errors import ModelError
+from petalfl.graphs import check_graph
 from petalfl.model import Artifact, Block, read_artifact
 from petalfl.runtime import EngineName, Runtime, find_runtime
 from petalfl.vectors import Vector
@@ -94,7 +97,8 @@ class OrtEngine:
         name: As in `petalfl.runtime.find_runtime`, which is asked when a graph is first run.
 
     Every method raises `ModelError` where the runtime is not there or not the one named, and
-    where a graph is missing, damaged, too new for the runtime or does not run.
+    where a graph is missing, damaged, too new for the runtime, does not run, holds what
+    `petalfl.graphs` refuses, or gives anything else than the manifest says.
     """
 
     def __init__(self, folder: Path, num_threads: int = 1, *, name: EngineName = "auto") -> None:
@@ -108,7 +112,9 @@ class OrtEngine:
         self, block: Block, vector: Vector, inputs: Arrays
     ) -> dict[str, NDArray[np.float32]]:
         """See `Engine.evaluate`."""
-        return self._graph(block.artifacts.eval_model).run({"parameters": vector, **inputs})
+        graph = self._graph(block.artifacts.eval_model)
+        values = graph.run({"parameters": vector, **inputs})
+        return graph.take_outputs(block, values, inputs)
 
     def forward(self, block: Block, vector: Vector, inputs: Arrays) -> Forward:
         """See `Engine.forward`."""
@@ -116,8 +122,8 @@ class OrtEngine:
             return Forward(self.evaluate(block, vector, inputs), None, {})
         graph = self._graph(block.artifacts.training_forward)
         values = graph.run({"parameters": vector, **inputs})
-        outputs = {tensor.name: values.pop(tensor.name) for tensor in block.outputs}
-        return Forward(outputs, values.pop("statistics", None), values)
+        outputs = graph.take_outputs(block, values, inputs)
+        return Forward(outputs, graph.take_statistics(block, values), values)
 
     def backward(self, block: Block, vector: Vector, feeds: Arrays) -> Gradients:
         """See `Engine.backward`."""
@@ -125,20 +131,22 @@ class OrtEngine:
             raise ValueError(f"nothing at or before block {block.name} trains")
         graph = self._graph(block.artifacts.training_backward)
         values = graph.run({"parameters": vector, **feeds})
-        loss = float(values.pop("loss")) if "loss" in values else None
-        parameters, statistics = values.pop("gradient", None), values.pop("statistics", None)
-        found = 0 if parameters is None else parameters.size
-        if found != block.num_trainable:
-            raise ModelError(
-                f"block {block.name}: its graph gives a gradient of {found} parameters, the "
-                f"manifest says {block.num_trainable}"
-            )
-        inputs = {name.removeprefix("d_"): value for name, value in values.items()}
+        loss = None if block.task is None else float(graph.take(values, "loss", ()))
+        has_gradient = block.num_trainable or "gradient" in values
+        shape = (block.num_trainable,)
+        parameters = graph.take(values, "gradient", shape) if has_gradient else None
+        statistics = graph.take_statistics(block, values)
+        inputs = {
+            name.removeprefix("d_"): graph.take(values, name, _shape_of(name, feeds))
+            for name in [*values]
+        }
         return Gradients(parameters, inputs, loss, statistics)
 
     def step(self, optimizer: Artifact, feeds: Arrays) -> dict[str, NDArray[np.float32]]:
         """See `Engine.step`."""
-        return self._graph(optimizer).run(feeds)
+        graph = self._graph(optimizer)
+        values, shape = graph.run(feeds), feeds["parameters"].shape
+        return {name: graph.take(values, name, shape) for name in [*values]}
 
     def _graph(self, artifact: Artifact) -> _Graph:
         if artifact.sha256 not in self._loaded:
@@ -167,6 +175,31 @@ class _Graph:
             raise ModelError(f"ONNX Runtime fails on {self._path}: {_reason(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
 
+    def take_outputs(
+        self, block: Block, values: dict[str, NDArray[Any]], inputs: Arrays
+    ) -> dict[str, NDArray[np.float32]]:
+        """Takes the block's outputs out of what a run gave, of as many examples as it was fed."""
+        length = len(next(iter(inputs.values())))
+        return {t.name: self.take(values, t.name, (length, *t.shape)) for t in block.outputs}
+
+    def take_statistics(self, block: Block, values: dict[str, NDArray[Any]]) -> Vector | None:
+        """Takes the new running statistics, if they are there."""
+        size = sum(tensor.size for tensor in block.statistics)
+        return self.take(values, "statistics", (size,)) if "statistics" in values else None
+
+    def take(
+        self, values: dict[str, NDArray[Any]], name: str, shape: tuple[int | None, ...]
+    ) -> NDArray[np.float32]:
+        """Takes an output that must be float32 of a shape, whose None stand for any length."""
+        value = values.pop(name, None)
+        if not isinstance(value, np.ndarray):
+            found = "nothing"
+        elif value.dtype == np.float32 and fits(value.shape, shape):
+            return value
+        else:
+            found = f"{value.dtype} {value.shape}"
+        raise ModelError(f"{self._path} gives {found} as {name!r}, expected float32 {shape}")
+
 
 # Sessions by content: a thousand emulated devices of one model share a handful.
 _graphs: weakref.WeakValueDictionary[tuple[str, int], _Graph] = weakref.WeakValueDictionary()
@@ -185,12 +218,25 @@ def _open_graph(artifact: Artifact, data: bytes, num_threads: int, runtime: Runt
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
             options.add_session_config_entry("session.use_env_allocators", "1")
+            options.add_session_config_entry("session.load_model_format", "ONNX")
+            check_graph(artifact.path, data)
             try:
-                session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(
+                    data,
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["ConstantFolding"],  # it heeds no limit of memory
+                )
             except Exception as error:  # as above
                 raise ModelError(_why_not_loaded(artifact.path, error, runtime)) from error
             graph = _graphs[artifact.sha256, num_threads] = _Graph(artifact.path, session)
         return graph
+
+
+def _shape_of(gradient: str, feeds: Arrays) -> tuple[int, ...]:
+    """Of the tensor that it is the gradient by."""
+    tensor = feeds.get(gradient.removeprefix("d_"))
+    return () if tensor is None else tensor.shape
 
 
 def _reason(error: Exception) -> str:
@@ -203,7 +249,6 @@ _TOO_NEW = (
     r"Opset \d+ is under development",
     r"Current official support for domain \S+ is till opset \d+",
     r"No Op registered for \S+ with domain_version of \d+",
-    r"\S+ is not a registered function/op",
     r"Could not find an implementation for \S+",
     r"The ORT format model version \[\S+\] is not supported",
 )
@@ -219,9 +264,17 @@ def _why_not_loaded(path: str, error: Exception, runtime: Runtime) -> str:
     )
 
 
+def memory_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @functools.cache
 def _share_arena() -> None:
-    """One memory arena for all sessions: each of its own would keep its own peak."""
+    """One memory arena for all sessions: each of its own would keep its own peak.
+
+    A graph that wants more than half of the machine's memory fails, and not the app.
+    """
     import onnxruntime
 
     device = onnxruntime.OrtMemoryInfo(
@@ -229,4 +282,6 @@ def _share_arena() -> None:
     )
     # The app around us may have registered one, which then serves as well.
     with contextlib.suppress(RuntimeError):
-        onnxruntime.create_and_register_allocator(device, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
+        onnxruntime.create_and_register_allocator(
+            device, onnxruntime.OrtArenaCfg(memory_bytes() // 2, -1, -1, -1)
+        )
