@@ -130,6 +130,11 @@ class ServerState:
             return False
         return True
 
+    def set_modalities(self, name: str, modalities: list[str]) -> None:
+        """Notes what an enrolled device has."""
+        row = (json.dumps(modalities), name)
+        self._db.execute("UPDATE devices SET modalities = ? WHERE name = ?", row)
+
     def remove_device(self, name: str) -> None:
         """Forgets a device's enrollment; what it has contributed stays."""
         self._db.execute("DELETE FROM devices WHERE name = ?", (name,))
@@ -141,7 +146,7 @@ class ServerState:
         return row is not None and hmac.compare_digest(_digest(row[0], password), row[1])
 
     def modalities(self, name: str) -> list[str] | None:
-        """What a device enrolled with; None when it is not enrolled."""
+        """What a device has or had; None when it is not enrolled."""
         query = "SELECT modalities FROM devices WHERE name = ?"
         row = self._db.execute(query, (name,)).fetchone()
         return None if row is None else list(json.loads(row[0]))

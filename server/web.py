@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from aiohttp import web
 
@@ -40,11 +40,21 @@ NO_TOKEN = "wrong or no token; the server printed it at start"
 
 
 @dataclass(frozen=True, slots=True)
+class ModalitiesRequest:
+    """What an enrolled device has by now."""
+
+    modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
+
+
+@dataclass(frozen=True, slots=True)
 class EnrollRequest:
     """The body of an enrollment."""
 
     device: Name
     modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
+
+
+R = TypeVar("R", EnrollRequest, ModalitiesRequest)
 
 
 class WebApp:
@@ -80,6 +90,7 @@ class WebApp:
         root = f"/v1/{self.name}"
         return [
             web.post(f"{root}/enroll", self._for_operator(self._enroll)),
+            web.post(f"{root}/modalities", self._for_device(self._add_modalities)),
             web.get(f"{root}/status", self._for_operator(self._status)),
             web.get(f"{root}/rounds", self._for_operator(self._rounds)),
             web.get(f"{root}/devices", self._for_operator(self._devices)),
@@ -142,11 +153,7 @@ class WebApp:
     # For devices
 
     async def _enroll(self, request: web.Request) -> web.Response:
-        try:
-            wanted = read(EnrollRequest, await request.json(), "enrollment")
-            self._federation.shared.held_with(wanted.modalities)
-        except (ValueError, RecursionError, ModelError) as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        wanted = await self._read(request, EnrollRequest, "enrollment")
         password = secrets.token_urlsafe(32)
         modalities = sorted(set(wanted.modalities))
         is_taken = any(one.has_device(wanted.device) for one in self.siblings)
@@ -164,6 +171,24 @@ class WebApp:
         identity = Identity(self.name, wanted.device, password, private)
         log.info("enrolled %s with %s", wanted.device, ", ".join(modalities))
         return web.json_response(plain(identity))
+
+    async def _add_modalities(self, request: web.Request, device: str) -> web.Response:
+        wanted = await self._read(request, ModalitiesRequest, "modalities")
+        known = self._state.modalities(device) or []
+        modalities = sorted({*known, *wanted.modalities})
+        if modalities != known:
+            self._state.set_modalities(device, modalities)
+            log.info("%s now has %s", device, ", ".join(modalities))
+        return web.json_response({"modalities": modalities})
+
+    async def _read(self, request: web.Request, cls: type[R], where: str) -> R:
+        """The body, whose modalities the model has."""
+        try:
+            found = read(cls, await request.json(), where)
+            self._federation.shared.held_with(found.modalities)
+        except (ValueError, RecursionError, ModelError) as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        return found
 
     async def _session(self, request: web.Request, device: str) -> web.Response:
         endpoint = self._broker.endpoint

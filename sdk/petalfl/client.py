@@ -306,6 +306,8 @@ class EdgeClient:
             identity = self._downlink.enroll(self._token, self._device, modalities)
             trainer.identity = identity
         self._downlink.log_in(identity)
+        if modalities:
+            self._downlink.add_modalities(modalities)
         self._downlink.fetch_model(modalities, trainer.tasks, identity.private_blocks)
         trainer.reload_model()
         return self._downlink.get_session()

@@ -70,6 +70,10 @@ class Downlink:
         """Uses the device's own credential from now on."""
         self._http.use_login(identity.device, identity.password)
 
+    def add_modalities(self, modalities: Collection[str]) -> None:
+        """Has the server know of modalities that came after enrollment; an error if it cannot."""
+        self._http.post_json(f"{self._root}/modalities", {"modalities": sorted(modalities)})
+
     def get_session(self) -> Session:
         """Asks where the broker is.
 

@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -194,7 +194,10 @@ class ExampleStore:
             self._write(self._find(example_id).segment, frame, record)
 
     def snapshot(
-        self, modalities: Iterable[str] | None = None, tasks: Iterable[str] | None = None
+        self,
+        modalities: Iterable[str] | None = None,
+        tasks: Iterable[str] | None = None,
+        check: Callable[[Arrays, Labels], object] = lambda inputs, labels: None,
     ) -> Examples:
         """The labeled examples that hold all of some modalities and tasks, as arrays.
 
@@ -204,6 +207,8 @@ class ExampleStore:
         Args:
             modalities: The default is all that appear in labeled examples.
             tasks: The default is all that appear; labels without a task have none.
+            check: An example's inputs and labels, in the form of `Examples` with n = 1; what it
+                raises a `DataError` for is left out, with a warning.
 
         Raises:
             DataError: There is no such example.
@@ -226,16 +231,17 @@ class ExampleStore:
                 opened = {s: files.enter_context(_open(s.path, os.O_RDONLY)) for s in segments}
             with _environment(f"cannot read the example store {self.folder}"):
                 read = {i: _read(opened[e.segment], e, names, heads) for i, e in chosen.items()}
-        examples = _alike({i: example for i, example in read.items() if example is not None})
-        if not examples:
+        intact = {i: example for i, example in read.items() if example is not None}
+        fitting, misfit = _fitting(intact, check)
+        if not fitting:
+            cause = f", one that does not fit: {misfit}" if misfit else "; name fewer, or wait"
             raise DataError(
                 f"no example has {_listed(names, 'modality')} and labels of "
-                f"{_listed(heads, 'task')}: {len(labeled)} have labels; name fewer, or wait"
+                f"{_listed(heads, 'task')}: {len(labeled)} have labels{cause}"
             )
-        inputs = {n: np.stack([x[n] for x, _ in examples.values()]) for n in sorted(names)}
-        labels = {t: np.stack([y[t] for _, y in examples.values()]) for t in sorted(heads)}
-        ids = np.array(list(examples), np.int64)
-        return Examples(inputs, labels[_NO_TASK] if heads == {_NO_TASK} else labels, ids)
+        examples = _alike(fitting)
+        stacked = _stacked(list(examples.values()))
+        return Examples(*stacked, np.array(list(examples), np.int64))
 
     def expire(self) -> int:
         """Drops what is too old, as `append` and `snapshot` do; returns the number of examples."""
@@ -272,9 +278,11 @@ class ExampleStore:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those that some example has, sorted."""
+        """Those that some labeled example has, sorted; where none is labeled, that any has."""
         with self._lock:
-            return tuple(sorted(_named(None, (e.modalities for e in self._entries.values()))))
+            entries = list(self._entries.values())
+        labeled = [entry for entry in entries if entry.tasks]
+        return tuple(sorted(_named(None, (e.modalities for e in labeled or entries))))
 
     # Ids and time.
 
@@ -514,6 +522,34 @@ def _read(
         found.append(record)
     inputs, labels = found[0]["inputs"], found[1]["labels"]
     return _unpack(inputs, modalities), _unpack(labels, tasks)
+
+
+def _fitting(
+    examples: dict[int, tuple[Arrays, Arrays]], check: Callable[[Arrays, Labels], object]
+) -> tuple[dict[int, tuple[Arrays, Arrays]], DataError | None]:
+    """Those that pass, and why the last of the others does not."""
+    fitting, misfit = {}, None
+    for i, example in examples.items():
+        try:
+            check(*_stacked([example]))
+        except DataError as error:
+            misfit = error
+        else:
+            fitting[i] = example
+    if misfit is not None:
+        num_left_out = len(examples) - len(fitting)
+        log.warning("left out %d of %d examples: %s", num_left_out, len(examples), misfit)
+    return fitting, misfit
+
+
+def _stacked(
+    examples: Sequence[tuple[Arrays, Arrays]],
+) -> tuple[Arrays, NDArray[Any] | Arrays]:
+    """Inputs and labels as in `Examples`."""
+    (inputs, labels), *_ = examples
+    by_modality = {n: np.stack([x[n] for x, _ in examples]) for n in sorted(inputs)}
+    by_task = {t: np.stack([y[t] for _, y in examples]) for t in sorted(labels)}
+    return by_modality, by_task[_NO_TASK] if by_task.keys() == {_NO_TASK} else by_task
 
 
 def _alike(examples: dict[int, tuple[Arrays, Arrays]]) -> dict[int, tuple[Arrays, Arrays]]:

@@ -121,18 +121,20 @@ class Trainer:
             self._data, self._labels = data, labels
 
     def _checked(self, data: Data | None, labels: Labels | None) -> LocalData:
-        model = self.model
-        manifest = model.manifest
         if isinstance(data, ExampleStore):
             if labels is not None:
                 raise DataError("the example store has its own labels: give none beside it")
-            held = {manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
+            model = self.model
+            held = {model.manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
             names = held & set(data.modalities)  # what comes to the store later waits for a restart
-            data, labels, _ = data.snapshot(names or None)
-        inputs = check_inputs(manifest, data or {})
-        length = len(next(iter(inputs.values())))
-        labels = labels if labels is not None else np.empty(0)
-        return LocalData(inputs, check_labels(manifest, labels, length))
+            data, labels, _ = data.snapshot(names or None, check=self._fitting)
+        return self._fitting(data or {}, np.empty(0) if labels is None else labels)
+
+    def _fitting(self, inputs: Mapping[str, ArrayLike], labels: Labels) -> LocalData:
+        manifest = self.model.manifest
+        arrays = check_inputs(manifest, inputs)
+        length = len(next(iter(arrays.values())))
+        return LocalData(arrays, check_labels(manifest, labels, length))
 
     def _refreshed(self) -> LocalData:
         """What to train on now: of an example store, what has labels by now."""

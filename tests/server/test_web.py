@@ -129,6 +129,7 @@ PARTS = {"path": "head/parameters.bin", "block": "head", "version": "1"}
 FOR_OPERATORS = ("/metrics", f"{ROOT}/enroll", f"{ROOT}/status", f"{ROOT}/rounds",
                  f"{ROOT}/devices")  # fmt: skip
 FOR_DEVICES = (f"{ROOT}/session", f"{ROOT}/artifacts/head/parameters.bin")
+BY_POST = (f"{ROOT}/modalities",)  # for devices
 FOR_BOTH = (f"{ROOT}/manifest", f"{ROOT}/blocks", f"{ROOT}/blocks/head/1")
 
 
@@ -146,7 +147,9 @@ def routes(app: web.Application) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("stranger", STRANGERS)
 async def test_strangers_are_turned_away_everywhere(served: Served, stranger: str) -> None:
     everything = routes(served.app)
-    assert {path for _, path in everything} == {*FOR_OPERATORS, *FOR_DEVICES, *FOR_BOTH}
+    assert {path for _, path in everything} == {
+        *FOR_OPERATORS, *FOR_DEVICES, *BY_POST, *FOR_BOTH
+    }  # fmt: skip
     for method, path in everything:
         body = {"device": "new", "modalities": ["acc"]}
         async with served.client.request(
@@ -170,6 +173,27 @@ async def test_operators_and_devices_have_their_own_paths(served: Served) -> Non
         assert as_operator[0] == 200
         assert as_operator == await served.get(path, login("both"))
     assert (await served.enroll({"device": "new", "modalities": ["acc"]}, login("both")))[0] == 401
+
+
+async def test_modalities_that_come_later(served: Served) -> None:
+    """Those that the device has had are kept: it may hold their blocks still."""
+    path = f"{ROOT}/modalities"
+    modalities = served.run.state.modalities
+    assert modalities("watch") == ["acc"]
+    for more, known in ((["gyro"], ["acc", "gyro"]), (["acc"], ["acc", "gyro"])):
+        answer = await served.client.post(path, headers=login("watch"), json={"modalities": more})
+        assert (answer.status, await answer.json()) == (200, {"modalities": known})
+        assert modalities("watch") == known
+    for body, message in (
+        ({"modalities": ["eeg"]}, "found modality 'eeg'"),
+        ({"modalities": []}, "modalities"),
+        ({"device": "both", "modalities": ["acc"]}, "device"),
+        ([], "modalities"),
+    ):
+        answer = await served.client.post(path, headers=login("watch"), json=body)
+        assert answer.status == 400
+        assert message in await answer.text()
+    assert modalities("watch") == ["acc", "gyro"]
 
 
 async def test_health_is_open_to_all(served: Served) -> None:

@@ -1,0 +1,66 @@
+"""What tests of `EdgeClient` have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from petalfl import (
+    EdgeClient,
+)
+from tests.integration.harness import Server
+
+A = np.random.default_rng(1).standard_normal((24, 5), dtype=np.float32)
+B = np.random.default_rng(2).standard_normal((24, 2, 8), dtype=np.float32)
+LABELS = np.arange(24) % 3
+
+
+Make = Callable[..., EdgeClient]
+
+
+def run_and_stop(client: EdgeClient) -> None:
+    """Enrolls, and stops."""
+    with running(client):
+        pass
+
+
+@contextlib.contextmanager
+def running(client: EdgeClient) -> Iterator[None]:
+    """Runs a client on a thread; stops it at the end, which must not take long."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            client.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        until(lambda: client._trainer.identity is not None or bool(errors), "enrollment")
+        yield
+    finally:
+        client.stop()
+        thread.join(4)
+        assert not thread.is_alive()
+    assert errors == []
+
+
+def is_ready(server: Server, device: str) -> bool:
+    return bool(server.get("devices").get(device, {}).get("is_ready"))
+
+
+def until(is_so: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < give_up_s, f"waited for: {what}"
+        time.sleep(0.02)
+
+
+def is_gone(server: Server, device: str) -> bool:
+    return not is_ready(server, device)

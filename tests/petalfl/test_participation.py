@@ -1,0 +1,339 @@
+"""`EdgeClient` at work in a federation of one or two, with the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import petalfl.training
+from petalfl import (
+    DataError,
+    EdgeClient,
+    RoundInfo,
+    TransportError,
+    wire,
+)
+from petalfl.downlink import Downlink
+from petalfl.http import HttpClient, NotThereError
+from petalfl.mqtt import MqttTransport
+from petalfl.participation import Participation
+from petalfl.store import Outgoing, State
+from petalfl.threads import Threads
+from petalfl.trainer import LocalData, Trainer
+from petalfl.training import Hyperparameters, TrainingResult
+from petalfl.transport import MemoryBroker
+from petalfl.uplink import Uplink
+from tests.integration.harness import Server, running_server
+from tests.petalfl.clients import (
+    A,
+    B,
+    Make,
+    is_gone,
+    is_ready,
+    running,
+    until,
+)
+
+
+def test_a_device_that_fails_is_not_waited_for(busy: Server, make: Make) -> None:
+    """It says that it goes, so that no later round opens with it and runs into its deadline."""
+
+    def fail(info: RoundInfo) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make(busy, "d", on_round=fail).run()
+    until(lambda: not is_ready(busy, "d"), "the device is gone", 1.5)
+
+
+def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) -> None:
+    """Ctrl-C cancels `run`."""
+
+    async def scenario() -> None:
+        run = asyncio.create_task(make(idle, "cancelled").arun())
+        while not await asyncio.to_thread(is_ready, idle, "cancelled"):
+            await asyncio.sleep(0.02)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    asyncio.run(scenario())
+    until(lambda: not is_ready(idle, "cancelled"), "the device is gone", 1.5)
+
+
+def test_when_it_is_over_there_is_no_more_training(busy: Server, make: Make) -> None:
+    client = make(busy, "d")
+    client.run()
+    expected = client.predict_proba({"a": A})
+    client.close()
+    rounds: list[RoundInfo] = []
+    again = make(busy, "d", on_round=rounds.append)
+    again.run()
+    assert rounds == []
+    np.testing.assert_array_equal(again.predict_proba({"a": A}), expected)
+
+
+def test_a_download_that_is_damaged_is_tried_again(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
+    get = HttpClient.get
+    num_downloads = 0
+
+    def flip_a_bit(self: HttpClient, path: str, max_bytes: int) -> bytes:
+        nonlocal num_downloads
+        data = get(self, path, max_bytes)
+        if "/blocks/" in path:
+            num_downloads += 1
+            data = data[:-1] + bytes([data[-1] ^ num_downloads % 2])
+        return data
+
+    monkeypatch.setattr(HttpClient, "get", flip_a_bit)
+    client = make(busy, "d")
+    client.run()
+    assert client._trainer.state.round_num == 3
+    assert "block encoder-a version 1: wrong sha256" in caplog.text
+
+
+def test_a_download_that_fails_is_tried_again(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the device takes part, a server that is away for a while ends nothing."""
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
+    fetch_block = Downlink.fetch_block
+    calls: list[str] = []
+
+    def flaky(self: Downlink, block: Any, pointer: Any) -> Any:
+        calls.append(block.name)
+        if len(calls) % 2:
+            raise TransportError("503")
+        return fetch_block(self, block, pointer)
+
+    monkeypatch.setattr(Downlink, "fetch_block", flaky)
+    client = make(busy, "d")
+    client.run()
+    assert client._trainer.state.round_num == 3
+    assert len(calls) == 2 * 4
+
+
+def test_of_a_version_with_another_digest_the_new_one_is_fetched(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restore the server makes its versions anew: the number alone says nothing."""
+    with make(busy, "d") as client:
+        client.run()
+    again = make(busy, "d")
+    again.predict({"a": A})
+    known = dict(again._trainer._pointers)
+    fetched: list[wire.BlockVersion] = []
+
+    def fetch_block(self: Downlink, block: Any, pointer: wire.BlockVersion) -> Any:
+        fetched.append(pointer)
+        return np.zeros(block.size, np.float32)
+
+    monkeypatch.setattr(Downlink, "fetch_block", fetch_block)
+    taking_part = part_of(again)
+    taking_part._fetch_blocks(known)
+    assert fetched == []
+    other = wire.BlockVersion(known["encoder-a"].version, "0" * 64)
+    taking_part._fetch_blocks(known | {"encoder-a": other})
+    assert fetched == [other]
+    assert again._trainer._pointers == known | {"encoder-a": other}
+
+
+def part_of(client: EdgeClient) -> Participation:
+    """Without a connection."""
+    identity = client._trainer.identity
+    assert identity is not None
+    return Participation(
+        identity, client._trainer, client._downlink, client._callbacks, client._pacing,
+        client._threads,
+    )  # fmt: skip
+
+
+def numbered_task(round_num: int) -> wire.Task:
+    return wire.Task(round_num, 0, Hyperparameters(0.1), 0, {"head": version(round_num)})
+
+
+def version(number: int) -> wire.BlockVersion:
+    return wire.BlockVersion(number, f"{number:064x}")
+
+
+class Idler(Trainer):
+    """A device that only notes what it should train."""
+
+    def __init__(self, round_num: int) -> None:
+        self.state = State(round_num)
+        self.local = LocalData({}, {})
+        self.trained: list[int] = []
+
+    def check_blocks(self, task: wire.Task | wire.Finish) -> None:
+        pass
+
+    def train_round(self, task: wire.Task) -> bool:
+        self.trained.append(task.round_num)
+        self.state = State(task.round_num)
+        return True
+
+    def empty_outbox(self) -> None:
+        pass
+
+
+class Hearing(Participation):
+    """An `Idler`'s, at a server that has no version but those in ``served``."""
+
+    def __init__(self, round_num: int, served: set[int]) -> None:
+        self.idler = Idler(round_num)
+        self.served = served
+        self.tried: list[int] = []
+        self.answer: wire.Task | None = None
+        unused: Any = None
+        super().__init__(unused, self.idler, unused, unused, unused, Threads())
+
+    @property
+    def trained(self) -> list[int]:
+        return self.idler.trained
+
+    async def hear(self, *messages: wire.Task, answer: wire.Task | None = None) -> None:
+        """Messages that come one after another; announced anew, the server may answer."""
+        self._announced = self.idler.ready  # it has been said already
+        self.answer = answer
+        worker = asyncio.create_task(self._work(Uplink(MemoryBroker().connect(), "f", "d")))
+        for message in messages:
+            self._inbox.put(message)
+            await asyncio.sleep(0.1)
+        assert not worker.done()
+        worker.cancel()
+        await asyncio.gather(worker, return_exceptions=True)
+
+    def _announce_soon(self) -> None:
+        if self.answer is not None:
+            self._inbox.put(self.answer)
+
+    def _fetch_blocks(self, wanted: Any) -> None:
+        self.tried.append(wanted["head"].version)
+        if self.tried[-1] not in self.served:
+            raise NotThereError("404")
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
+
+
+async def test_a_version_that_is_gone_is_given_up(no_backoff: None) -> None:
+    client = Hearing(0, served={2})
+    await client.hear(numbered_task(1), numbered_task(2))
+    assert client.trained == [2]
+    asking = Hearing(0, served={2})
+    await asking.hear(numbered_task(1), answer=numbered_task(2))
+    assert (asking.tried, asking.trained) == ([1, 2], [2])
+
+
+async def test_a_version_that_is_gone_is_not_asked_for_without_end() -> None:
+    client = Hearing(0, served=set())
+    await client.hear(*map(numbered_task, [1, 1, 1]), answer=numbered_task(1))
+    assert client.tried in ([1], [1, 1])
+
+
+async def test_a_server_that_went_back_is_followed() -> None:
+    """It says again what the device has long trained; a replay nobody says again."""
+    client = Hearing(8, served={3, 4, 9})
+    await client.hear(*map(numbered_task, [3, 4]), answer=numbered_task(3))
+    assert client.trained == [3, 4]
+    other = Hearing(8, served={3, 4, 9})
+    await other.hear(numbered_task(3), answer=numbered_task(9))
+    assert other.trained == [9]
+
+
+def test_a_round_that_came_to_nothing_is_taken_back(
+    small_artifacts: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learned of a shared block and did not count is dropped; of a private one, kept."""
+    starts: list[dict[str, Any]] = []
+    train, deliver = petalfl.training.train, Uplink.deliver
+
+    def spy(*arguments: Any, **more: Any) -> TrainingResult:
+        starts.append(dict(arguments[2]))
+        return train(*arguments, **more)
+
+    async def lose_round_1(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+        message = wire.decode(outgoing.message)
+        assert isinstance(message, (wire.UpdateManifest, wire.Report))
+        if message.round_num == 1:
+            return wire.Receipt(message.update_id, "rejected", "lost")
+        return await deliver(self, outgoing)
+
+    monkeypatch.setattr("petalfl.trainer.train", spy)
+    monkeypatch.setattr(Uplink, "deliver", lose_round_1)
+    arguments = ("--rounds", "2", "--scheme", "phf", "--deadline", "0.5")
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        make(server, "d").run()
+        assert server.get("status")["shared_blocks"] == {"encoder-a": 2, "encoder-b": 1}
+    np.testing.assert_array_equal(starts[0]["encoder-a"], starts[1]["encoder-a"])
+    assert np.abs(starts[0]["head"] - starts[1]["head"]).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shared"),
+    [
+        ("fm", {"encoder-a", "fusion", "head"}),
+        ("local", set()),
+    ],
+)
+def test_sharing_schemes(
+    small_artifacts: Path, tmp_path: Path, make: Make, scheme: str, shared: set[str]
+) -> None:
+    """What the device shares, keeps private, and can predict with."""
+    arguments = ("--rounds", "2", "--scheme", scheme)
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        client = make(server, "d")
+        client.run()
+        traffic = server.get("devices")["d"]["blocks"]
+        rows = server.query("SELECT block, COUNT(*) FROM updates GROUP BY block")
+    assert dict(rows) == dict.fromkeys(shared, 2)
+    assert set(traffic) == shared
+    assert set(client._trainer.state.private) == {"encoder-a", "fusion", "head"} - shared
+    assert client.predict({"a": A}).shape == (24,)
+    client.close()
+    offline = make(server, "d")
+    assert offline.predict({"a": A}).shape == (24,)
+
+
+def test_an_app_that_only_predicts(busy: Server, make: Make) -> None:
+    """It gives neither data nor labels, once the device has taken part."""
+    client = make(busy, "d")
+    client.run()
+    expected = client.predict_proba({"a": A})
+    client.close()
+    reader = make(busy, "d", token="", data=None, labels=None)
+    np.testing.assert_array_equal(reader.predict_proba({"a": A}), expected)
+    with pytest.raises(DataError, match="no parameters of encoder-b"):
+        reader.predict({"b": B})
+
+
+def test_nobody_can_guess_its_client_id(
+    idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who could would end its connection; after a restart it ends its own of before."""
+    found: list[str] = []
+    transport = MqttTransport
+
+    def spied(*args: Any, **settings: Any) -> Any:
+        found.append(settings["client_id"])
+        return transport(*args, **settings)
+
+    monkeypatch.setattr("petalfl.participation.MqttTransport", spied)
+    for device in ("guessed", "guessed", "other"):
+        client = make(idle, device)
+        with running(client):
+            until(functools.partial(is_ready, idle, device), "the device is ready")
+        until(functools.partial(is_gone, idle, device), "the device is gone")
+        client.close()
+    assert found[0] == found[1] and found[0].startswith("default-guessed-")
+    assert found[0].rpartition("-")[2] != found[2].rpartition("-")[2]
