@@ -172,9 +172,7 @@ def test_examples_that_do_not_fit_are_left_out(
 def test_examples_of_which_none_fits(idle: Server, make: Make, tmp_path: Path) -> None:
     with ExampleStore(tmp_path / "examples") as examples:
         examples.append({"a": A[0]}, 7)
-        with pytest.raises(
-            DataError, match=r"no example .* does not fit: labels: found 7 to"
-        ):
+        with pytest.raises(DataError, match=r"no example .* does not fit: labels: found 7 to"):
             make(idle, "none-fits", data=examples, labels=None).run()
 
 
