@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,15 @@ from .optimizers import ServerOptimizer, step
 from .state import NewVersion, ServerState
 
 log = logging.getLogger("petalfl.server")
+
+MAX_OLD_BYTES = 64 << 20  # of older versions in memory; or the one asked for last
+
+
+class Body(NamedTuple):
+    """A version as it is served."""
+
+    data: bytes
+    sha256: str
 
 
 class SharedBlocks:
@@ -45,6 +55,7 @@ class SharedBlocks:
         }
         self.pointers: dict[str, BlockVersion] = {}
         self._bodies: dict[str, bytes] = {}
+        self._old: dict[tuple[str, int], Body] = {}  # the one asked for last comes last
         self._manifest = manifest
         self._state = state
         for name, block in self.blocks.items():
@@ -74,16 +85,30 @@ class SharedBlocks:
         """The newest versions of some blocks, sorted by name."""
         return {name: self.pointers[name] for name in sorted(names)}
 
-    def body(self, name: str, version: int) -> bytes | None:
-        """A version's float32 vector as bytes; None where there is none such."""
+    def body(self, name: str, version: int) -> Body | None:
+        """A version's float32 vector as bytes; None where there is none such.
+
+        Of older versions, those asked for last are in memory; others are read from disk.
+        """
         if name not in self.blocks:
             return None
-        newest = self.pointers[name].version
-        if version == newest:
-            return self._bodies[name]
-        if not self._state.oldest_version(name) <= version < newest:
+        newest = self.pointers[name]
+        if version == newest.version:
+            return Body(self._bodies[name], newest.sha256)
+        if not self._state.oldest_version(name) <= version < newest.version:
             return None
-        return to_bytes(self._state.read_version(self.blocks[name], version)[0])
+        body = self._old.pop((name, version), None) or self._read_body(name, version)
+        self._keep_old(name, version, body)
+        return body
+
+    def _read_body(self, name: str, version: int) -> Body:
+        data = to_bytes(self._state.read_version(self.blocks[name], version)[0])
+        return Body(data, hashlib.sha256(data).hexdigest())
+
+    def _keep_old(self, name: str, version: int, body: Body) -> None:
+        self._old[name, version] = body
+        while len(self._old) > 1 and sum(len(b.data) for b in self._old.values()) > MAX_OLD_BYTES:
+            del self._old[next(iter(self._old))]
 
     def next_version(
         self, name: str, delta: Vector, optimizer: ServerOptimizer

@@ -8,6 +8,7 @@ device downloads. Manifest and block versions open with either.
 from __future__ import annotations
 
 import base64
+import functools
 import hmac
 import json
 import logging
@@ -21,14 +22,15 @@ from typing import Annotated, TypeVar
 from aiohttp import web
 
 from petalfl.errors import ModelError, PetalError
-from petalfl.model import MANIFEST_NAME, OPTIMIZERS_FOLDER
 from petalfl.schema import Limit, Name, plain, read
 from petalfl.store import Identity
 
 from .broker import Broker
+from .catalog import Catalog, NotHeldError, NotServedError
 from .federation import Federation
 from .gateway import Gateway
 from .metrics import Source, metrics_text
+from .ranges import send_file
 from .state import ServerState
 
 log = logging.getLogger("petalfl.server.web")
@@ -75,13 +77,7 @@ class WebApp:
         self.token = token
         self.name = federation.config.federation
         self._started_s = time.monotonic()
-        manifest = federation.manifest
-        files = [
-            *manifest.optimizers.values(),
-            *(graph for block in manifest.blocks for graph in block.artifacts.graphs),
-            *(block.artifacts.parameters for block in manifest.blocks),
-        ]
-        self._artifacts = {artifact.path: artifact for artifact in files}
+        self._catalog = Catalog(federation, state)
         self.siblings: Sequence[WebApp] = ()
         self.source = Source(federation, state, gateway)
 
@@ -95,11 +91,11 @@ class WebApp:
             web.get(f"{root}/rounds", self._for_operator(self._rounds)),
             web.get(f"{root}/devices", self._for_operator(self._devices)),
             web.get(f"{root}/session", self._for_device(self._session)),
-            web.get(f"{root}/manifest", self._for_both(self._manifest)),
-            web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._artifact)),
+            web.get(f"{root}/manifest", self._for_both(self._file)),
+            web.get(f"{root}/artifacts/{{path:.+}}", self._for_device(self._file)),
             web.get(f"{root}/blocks", self._for_both(self._versions)),
             web.get(
-                f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}", self._for_both(self._block)
+                f"{root}/blocks/{{block}}/{{version:[0-9]{{1,15}}}}", self._for_both(self._file)
             ),
         ]
 
@@ -200,37 +196,17 @@ class WebApp:
             }
         )
 
-    async def _manifest(self, request: web.Request, device: str) -> web.StreamResponse:
-        return web.FileResponse(self._federation.config.artifacts / MANIFEST_NAME)
-
-    async def _artifact(self, request: web.Request, device: str) -> web.StreamResponse:
-        artifact = self._artifacts.get(request.match_info["path"])
-        if artifact is None:
-            raise web.HTTPNotFound(text="no such artifact in the manifest")
-        folder = artifact.path.partition("/")[0]
-        if folder != OPTIMIZERS_FOLDER:  # which are everybody's
-            self._check_holds(device, folder)
-        return web.FileResponse(self._federation.config.artifacts / artifact.path)
+    async def _file(self, request: web.Request, device: str) -> web.StreamResponse:
+        try:
+            file = self._catalog.find(device, request.path.removeprefix(f"/v1/{self.name}/"))
+        except NotServedError as error:
+            raise web.HTTPNotFound(text=str(error)) from error
+        except NotHeldError as error:
+            raise web.HTTPForbidden(text=str(error)) from error
+        return await send_file(request, file, functools.partial(self._catalog.sent, device, file))
 
     async def _versions(self, request: web.Request, device: str) -> web.Response:
         return web.json_response(self._federation.shared.versions)
-
-    async def _block(self, request: web.Request, device: str) -> web.Response:
-        name, version = request.match_info["block"], int(request.match_info["version"])
-        if device:
-            self._check_holds(device, name)
-        body = self._federation.shared.body(name, version)
-        if body is None:
-            raise web.HTTPNotFound(text=f"no version {version} of a shared block {name!r}")
-        if device:
-            self._federation.on_bytes_down(device, name, len(body))
-        return web.Response(body=body, content_type="application/octet-stream")
-
-    def _check_holds(self, device: str, block: str) -> None:
-        modalities = self._state.modalities(device) or []
-        held = self._federation.manifest.blocks_for(modalities)
-        if block not in {b.name for b in held}:
-            raise web.HTTPForbidden(text=f"device {device} does not hold block {block}")
 
     # For operators
 

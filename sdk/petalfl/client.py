@@ -21,7 +21,7 @@ from petalfl.data import Labels
 from petalfl.downlink import Downlink, Session
 from petalfl.errors import PetalError, StoreError
 from petalfl.examples import ExampleStore
-from petalfl.pacing import Pacing
+from petalfl.pacing import Pacing, Stopped
 from petalfl.participation import Participation
 from petalfl.runtime import EngineName, find_runtime
 from petalfl.store import DeviceStore
@@ -102,7 +102,7 @@ class EdgeClient:
         self._threads = Threads(executor)
         self._store = DeviceStore(Path(store), key)
         try:
-            self._downlink = Downlink(url, federation, self._store)
+            self._downlink = Downlink(url, federation, self._store, check=self._pacing.check)
             self._trainer = Trainer(self._store, self._callbacks, self._pacing, num_threads, engine)
         except (StoreError, ValueError):
             self._store.close()
@@ -147,6 +147,8 @@ class EdgeClient:
             )  # fmt: skip
             if not self._pacing.is_stopping:  # or it was stopped before there was a part to stop
                 await self._participation.run(session)
+        except Stopped:
+            log.info("%s was stopped before it had all of its model", self.device)
         except PetalError as error:
             self._callbacks.told(error)
             raise

@@ -1,18 +1,20 @@
 """A device's way down: enrollment, the model's files and block versions, over HTTP.
 
-Everything is checked against a digest before it is kept. Its methods block: call them on a
-thread.
+Everything is checked against a digest before it is kept, and what has come of it so far outlives
+breaks and crashes. Its methods block: call them on a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
-from collections.abc import Collection
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated
 
-from petalfl.errors import TransportError
+from petalfl.errors import ModelError, StoreError, TransportError
 from petalfl.http import HttpClient
 from petalfl.model import (
     MANIFEST_NAME,
@@ -20,13 +22,17 @@ from petalfl.model import (
     Artifact,
     Block,
     ModelManifest,
-    check_artifact,
 )
+from petalfl.partials import Partial, Partials
 from petalfl.schema import Limit, read
+from petalfl.source import BrokenOffError, NoSuchRangeError
 from petalfl.store import DeviceStore, Identity
 from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
 from petalfl.wire import BlockVersion
+
+MAX_MODEL_BYTES = 2 << 30  # of all files that a device takes
+WORTH_BYTES = 64 << 10  # a break after so many is mended at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +47,27 @@ class Session:
 class Downlink:
     """One federation on one server, as one device reaches it.
 
+    Every method raises `EnrollError` where the server does not accept the token or credential,
+    `TransportError` where it cannot be reached or sends what it should not, and `StoreError`
+    where the disk refuses.
+
     Args:
         tls: As in `HttpClient`.
-
-    Every method raises `EnrollError` where the server does not accept the token or credential,
-    and `TransportError` where it cannot be reached or sends what it should not.
+        check: Called between the pieces of a download; what it raises ends that.
     """
 
     def __init__(
-        self, url: str, federation: str, store: DeviceStore, tls: Tls | None = None
+        self,
+        url: str,
+        federation: str,
+        store: DeviceStore,
+        tls: Tls | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._http = HttpClient(url, tls)
         self._root = f"/v1/{federation}"
         self._store = store
+        self._check = check
 
     def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
         """Trades the join token for this device's own credential, and keeps that."""
@@ -107,37 +121,87 @@ class Downlink:
                 shared ones come as versions.
 
         Raises:
-            ModelError: The manifest is unusable, or has none of the modalities or tasks.
+            ModelError: The manifest is unusable, has none of the modalities or tasks, or names
+                files of more than `MAX_MODEL_BYTES`.
         """
-        data = self._http.get(f"{self._root}/manifest", MAX_MANIFEST_BYTES)
+        known = self._store.read_file(MANIFEST_NAME) or b""
+        digest = hashlib.sha256(known).hexdigest()
+        changed = self._http.get_changed(f"{self._root}/manifest", MAX_MANIFEST_BYTES, digest)
+        data = known if changed is None else changed
         manifest = ModelManifest.from_json(data)
         files = list(manifest.optimizers.values())
         for block in manifest.blocks_for(modalities or manifest.modalities, tasks):
             files.extend(block.artifacts.graphs)
             if block.is_frozen or block.name in private_blocks:
                 files.append(block.artifacts.parameters)
-        for artifact in files:
-            self._fetch_artifact(artifact)
-        self._store.write_file(MANIFEST_NAME, data)
+        self._fetch_artifacts(files)
+        if changed is not None:
+            self._store.write_file(MANIFEST_NAME, changed)
+
+    def drop_all_but(self, pointers: Collection[BlockVersion]) -> None:
+        """Drops what has been downloaded of other block versions than these."""
+        self._store.block_downloads.keep_only({pointer.sha256 for pointer in pointers})
 
     def fetch_block(self, block: Block, pointer: BlockVersion) -> Vector:
-        """A version of a shared block."""
-        path = f"{self._root}/blocks/{block.name}/{pointer.version}"
-        data = self._http.get(path, 4 * block.size)
-        if hashlib.sha256(data).hexdigest() != pointer.sha256:
-            raise TransportError(f"block {block.name} version {pointer.version}: wrong sha256")
+        """A version of a shared block; it stays at hand until `drop_all_but` drops it."""
+        path, num_bytes = f"blocks/{block.name}/{pointer.version}", 4 * block.size
+        downloads = self._store.block_downloads
+        with self._fetch(path, pointer.sha256, num_bytes, downloads) as partial:
+            data = partial.read()
         try:
             return from_bytes(data, block.size)
         except ValueError as error:
             raise TransportError(f"block {block.name}: {error}") from error
 
-    def _fetch_artifact(self, artifact: Artifact) -> None:
-        known = self._store.read_file(artifact.path)
-        if known is not None and hashlib.sha256(known).hexdigest() == artifact.sha256:
-            return
-        data = self._http.get(f"{self._root}/artifacts/{artifact.path}", artifact.num_bytes)
-        check_artifact(artifact, data)
-        self._store.write_file(artifact.path, data)
+    def _fetch_artifacts(self, files: Collection[Artifact]) -> None:
+        wanted = [one for one in files if self._store.file_sha256(one.path) != one.sha256]
+        self._check_room(sum(one.num_bytes for one in wanted))
+        downloads = self._store.artifact_downloads
+        downloads.keep_only({one.sha256 for one in wanted})
+        for one in wanted:
+            with self._fetch(
+                f"artifacts/{one.path}", one.sha256, one.num_bytes, downloads
+            ) as partial:
+                partial.move_to(self._store.artifacts / one.path)
+
+    def _check_room(self, num_bytes: int) -> None:
+        if num_bytes > MAX_MODEL_BYTES:
+            raise ModelError(
+                f"the model's files have {num_bytes} bytes, a device takes {MAX_MODEL_BYTES}"
+            )
+        free = shutil.disk_usage(self._store.folder).free
+        if num_bytes > free:
+            raise StoreError(f"the model's files have {num_bytes} bytes, the disk has {free} free")
+
+    def _fetch(self, path: str, sha256: str, num_bytes: int, downloads: Partials) -> Partial:
+        """A whole download whose digest is right; one that is wrong is tried once more."""
+        for _ in range(2):
+            partial = downloads.open(sha256)
+            try:
+                self._fill(partial, path, sha256, num_bytes)
+                if partial.sha256() == sha256:
+                    return partial
+                partial.discard()
+            except NoSuchRangeError:
+                partial.discard()
+            except BaseException:
+                partial.close()
+                raise
+            partial.close()
+        raise TransportError(f"{path} comes with the wrong sha256, expected {sha256[:12]}…")
+
+    def _fill(self, partial: Partial, path: str, sha256: str, num_bytes: int) -> None:
+        """Downloads what is missing; a line that breaks, but brings something, is used again."""
+        while (start := partial.num_bytes) < num_bytes:
+            pieces = self._http.stream(f"{self._root}/{path}", sha256, start, num_bytes)
+            try:
+                with contextlib.closing(pieces):
+                    for offset, data in pieces:
+                        partial.write(offset, data)
+                        self._check()
+            except BrokenOffError:
+                if partial.num_bytes - start < WORTH_BYTES:
+                    raise
 
 
 def _is_loopback(host: str) -> bool:

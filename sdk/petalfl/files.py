@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
+
+PIECE_BYTES = 64 << 10  # read at once
 
 
 def write_atomic(
@@ -34,8 +37,33 @@ def write_atomic(
         with contextlib.suppress(OSError):
             temporary.unlink()  # of a full disk, it would keep what little is left
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the renames themselves
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str | None:
+    """A file's digest, read piece by piece; None where there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()

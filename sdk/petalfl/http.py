@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from petalfl.errors import EnrollError, TransportError
+from petalfl.paced import TIMEOUT_S, build_opener
+from petalfl.source import BrokenOffError, NoSuchRangeError, NotThereError
 from petalfl.tls import Tls, explain
 
-TIMEOUT_S = 30.0
+PIECE_BYTES = 64 << 10
 MAX_JSON_BYTES = 1 << 20
-
-
-class NotThereError(TransportError):
-    """The server answers, and has nothing there (404)."""
 
 
 class HttpClient:
@@ -43,10 +43,8 @@ class HttpClient:
             raise ValueError(f"found the server URL {url!r}, expected http(s)://host:port")
         self._url = url.rstrip("/")
         self.is_tls, self._tls = parts.scheme == "https", tls or Tls()
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if self.is_tls or tls is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=self._tls.context()))
-        self._opener = urllib.request.build_opener(*handlers)
+        context = self._tls.context() if self.is_tls or tls is not None else None
+        self._opener = build_opener(context)
         self._authorization = ""
 
     def use_token(self, token: str) -> None:
@@ -76,13 +74,56 @@ class HttpClient:
         """
         return self._request(path, None, max_bytes)
 
-    def _request(self, path: str, body: bytes | None, max_bytes: int) -> bytes:
-        headers = {"Authorization": self._authorization, "Content-Type": "application/json"}
-        request = urllib.request.Request(self._url + path, body, headers)
+    def get_changed(self, path: str, max_bytes: int, sha256: str) -> bytes | None:
+        """The body at ``path``; None where its digest is still this one. Errors as in `get`."""
         try:
-            with self._opener.open(request, timeout=TIMEOUT_S) as response:
-                data: bytes = response.read(max_bytes + 1)
+            return self._request(path, None, max_bytes, {"If-None-Match": f'"{sha256}"'})
+        except _NotModifiedError:
+            return None
+
+    def stream(
+        self, path: str, sha256: str, start: int, num_bytes: int
+    ) -> Generator[tuple[int, bytes], None, None]:
+        """See `Source.stream`: of ``path``; ``sha256`` is its ETag."""
+        headers = {"Range": f"bytes={start}-", "If-Range": f'"{sha256}"'} if start else {}
+        with self._open(path, None, headers) as response:
+            offset = start if response.status == 206 else 0
+            _check_announced(f"{self._url}{path}", response, offset, num_bytes)
+            while offset < num_bytes:
+                try:
+                    data = response.read1(min(PIECE_BYTES, num_bytes - offset))
+                    if not data:
+                        raise ConnectionError("the server hung up")
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    raise BrokenOffError(
+                        f"{self._url}{path}: {error} with {num_bytes - offset} bytes to go"
+                    ) from error
+                yield offset, data
+                offset += len(data)
+
+    def _request(
+        self, path: str, body: bytes | None, max_bytes: int, headers: dict[str, str] | None = None
+    ) -> bytes:
+        with self._open(path, body, headers or {}) as response:
+            try:
+                data = response.read(max_bytes + 1)
                 num_missing = response.length or 0
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                raise TransportError(f"{self._url}{path} broke off: {error}") from error
+        if len(data) > max_bytes:
+            raise TransportError(f"{self._url}{path} sends more than the {max_bytes} bytes due")
+        if num_missing:
+            raise TransportError(f"{self._url}{path} hung up with {num_missing} bytes to go")
+        return data
+
+    @contextlib.contextmanager
+    def _open(
+        self, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        known = {"Authorization": self._authorization, "Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, body, known | headers)
+        try:
+            response = self._opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             reason = _read_reason(error)
             kind = _ERRORS.get(error.code, TransportError)
@@ -90,11 +131,8 @@ class HttpClient:
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = self._cause(error)
             raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
-        if len(data) > max_bytes:
-            raise TransportError(f"{self._url}{path} sends more than the {max_bytes} bytes due")
-        if num_missing:
-            raise TransportError(f"{self._url}{path} hung up with {num_missing} bytes to go")
-        return data
+        with response:
+            yield response
 
     def _cause(self, error: Exception) -> str:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -105,17 +143,31 @@ class HttpClient:
         return str(cause)
 
 
+class _NotModifiedError(TransportError):
+    """What the client has is still so (304)."""
+
+
 _ERRORS: dict[int, type[EnrollError | TransportError]] = {
     **dict.fromkeys((400, 401, 403, 409), EnrollError),
+    304: _NotModifiedError,
     404: NotThereError,
+    416: NoSuchRangeError,
 }
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would carry the credential to another server."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        """Follows none."""
+def _check_announced(
+    where: str, response: http.client.HTTPResponse, offset: int, num_bytes: int
+) -> None:
+    """Refuses another part, or another length, than was asked for."""
+    if response.status == 206:
+        found = response.headers.get("Content-Range", "")
+        due = f"bytes {offset}-{num_bytes - 1}/"
+        if found not in (f"{due}{num_bytes}", f"{due}*"):
+            raise TransportError(f"{where} sends {found[:80]!r}, due are {due}{num_bytes}")
+    if response.length is not None and response.length != num_bytes - offset:
+        raise TransportError(
+            f"{where} sends {response.length} bytes from {offset} on, due are {num_bytes - offset}"
+        )
 
 
 def _read_reason(error: urllib.error.HTTPError) -> str:

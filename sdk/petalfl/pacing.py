@@ -54,6 +54,11 @@ class Pacing:
             self._is_paused = False
             self._changed.notify_all()
 
+    def check(self) -> None:
+        """Lets work that a pause does not concern go on; raises as `wait`."""
+        if self._is_stopping:
+            raise Stopped
+
     def wait(self) -> None:
         """Returns as soon as training may go on.
 

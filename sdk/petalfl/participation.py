@@ -14,10 +14,10 @@ from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks
 from petalfl.downlink import Downlink, Session
 from petalfl.errors import PetalError, TransportError, WireError
-from petalfl.http import NotThereError
 from petalfl.inbox import Inbox
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.pacing import Pacing, Stopped
+from petalfl.source import NotThereError
 from petalfl.store import Identity
 from petalfl.threads import Threads
 from petalfl.trainer import Trainer
@@ -172,11 +172,13 @@ class Participation:
     def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
         lacking = self._trainer.lacking(wanted)
         manifest = self._trainer.model.manifest
+        self._downlink.drop_all_but(lacking.values())
         fetched = {
             name: self._downlink.fetch_block(manifest.block(name), pointer)
             for name, pointer in lacking.items()
         }
         self._trainer.keep_blocks(lacking, fetched)
+        self._downlink.drop_all_but(())
 
     async def _deliver_outbox(self, uplink: Uplink) -> None:
         for outgoing in self._trainer.state.outbox:

@@ -24,8 +24,9 @@ from typing import Annotated, Any, TypeVar
 import msgpack
 
 from petalfl.errors import ModelError, StoreError
-from petalfl.files import write_atomic
+from petalfl.files import sha256_of, write_atomic
 from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, ModelManifest
+from petalfl.partials import Partials
 from petalfl.schema import Limit, Name, plain, read
 from petalfl.sealed import HEADER_BYTES, DamagedError, Seal
 
@@ -97,6 +98,10 @@ class DeviceStore:
     Args:
         key: 32 random bytes that the app keeps; encrypts identity, state and shared blocks.
 
+    Attributes:
+        artifact_downloads: Files of the model that are on their way.
+        block_downloads: Versions of shared blocks that are; with a key, encrypted.
+
     Raises:
         StoreError: Another process has it open, it cannot be written, it is of a newer petalfl,
             ``key`` is not its key, or both copies of a file are damaged.
@@ -107,6 +112,8 @@ class DeviceStore:
         self.folder = folder
         self.artifacts = folder / "artifacts"
         self._seal = Seal(key)
+        self.artifact_downloads = Partials(folder / "downloads" / "artifacts", Seal())
+        self.block_downloads = Partials(self._block_folder(self._seal.has_key), self._seal)
         self._sound: set[str] = set()  # whose newest this process has read or written
         try:
             self.artifacts.mkdir(parents=True, exist_ok=True)
@@ -123,6 +130,8 @@ class DeviceStore:
         try:
             for name in _WAY_OUT:
                 self._bring_up_to_date(name)
+            if self._seal.has_key:
+                Partials(self._block_folder(False), Seal()).keep_only(())
             self._remove_leftovers()
         except BaseException:
             self.close()
@@ -162,6 +171,13 @@ class DeviceStore:
         """An artifact's bytes, None when it is not there."""
         try:
             return _read(self.artifacts / path)
+        except OSError as error:
+            raise StoreError(f"cannot read {self.artifacts / path}: {error}") from error
+
+    def file_sha256(self, path: str) -> str | None:
+        """An artifact's digest, None when it is not there."""
+        try:
+            return sha256_of(self.artifacts / path)
         except OSError as error:
             raise StoreError(f"cannot read {self.artifacts / path}: {error}") from error
 
@@ -275,6 +291,9 @@ class DeviceStore:
                 )
                 if not is_of_use and path.is_file():
                     path.unlink()
+
+    def _block_folder(self, is_encrypted: bool) -> Path:
+        return self.folder / "downloads" / ("blocks-encrypted" if is_encrypted else "blocks")
 
     def _previous(self, name: str) -> Path:
         return self.folder / f"{name}.previous"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from petalfl import EdgeClient, RoundInfo, wire
 from petalfl.mqtt import MqttTransport
+from petalfl.partials import Partial
 from petalfl.store import Outgoing
 from petalfl.uplink import Uplink
 from tests.integration.harness import three_devices
@@ -46,9 +47,12 @@ def hang_in_training(done: int, total: int) -> None:
 
 
 def hang_at(point: str) -> None:
-    """Points: the message type and number at which it hangs, or ``noted``: the last receipt."""
+    """Points: the message type and number at which it hangs, ``noted``: the last receipt, or
+    ``block`` and the number of bytes that have come of one.
+    """
     kind, _, number = point.partition(" ")
     publish, deliver, receive = MqttTransport.publish, Uplink.deliver, Uplink.receive
+    write = Partial.write
     seen, last = 0, b""
 
     async def publish_until(
@@ -74,6 +78,13 @@ def hang_at(point: str) -> None:
             time.sleep(3600)  # the whole loop: the next task, which comes with it, would go ahead
         receive(self, receipt)
 
+    def write_until(self: Partial, offset: int, data: bytes) -> None:
+        write(self, offset, data)
+        if kind == "block" and "blocks" in self.path.parts and self.num_bytes >= int(number):
+            print("here", flush=True)
+            time.sleep(3600)
+
+    Partial.write = write_until  # type: ignore[method-assign]
     MqttTransport.publish = publish_until  # type: ignore[method-assign]
     Uplink.deliver = note_last  # type: ignore[method-assign]
     Uplink.receive = receive_until  # type: ignore[method-assign]

@@ -181,7 +181,7 @@ def tell_steps(pause_s: float) -> None:
         await publish(self, *arguments, **more)
 
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
-        (HttpClient, "_request", announced("download", HttpClient._request)),
+        (HttpClient, "_open", announced("download", HttpClient._open)),
         (DeviceStore, "write_state", write),
         (os, "fsync", announced("store", os.fsync)),
         (os, "replace", announced("store", os.replace)),

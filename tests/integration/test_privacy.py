@@ -113,14 +113,14 @@ def spy_on(patch: pytest.MonkeyPatch, record: Record) -> None:
             record.subscribed.append((self.device, topic_filter))
             await super().subscribe(topic_filter, note)
 
-    request = HttpClient._request
+    open_request = HttpClient._open
     train = petalfl.training.train
 
-    def spy_request(self: HttpClient, path: str, body: bytes | None, max_bytes: int) -> bytes:
+    def spy_open(self: HttpClient, path: str, body: bytes | None, headers: dict[str, str]) -> Any:
         kind, _, pair = self._authorization.partition(" ")
         device = base64.b64decode(pair).decode().partition(":")[0] if kind == "Basic" else ""
         record.requests.append((device, path, body or b""))
-        return request(self, path, body, max_bytes)
+        return open_request(self, path, body, headers)
 
     def spy_train(*arguments: Any, **more: Any) -> TrainingResult:
         result = train(*arguments, **more)
@@ -130,7 +130,7 @@ def spy_on(patch: pytest.MonkeyPatch, record: Record) -> None:
         return result
 
     patch.setattr(petalfl.participation, "MqttTransport", Spy)
-    patch.setattr(HttpClient, "_request", spy_request)
+    patch.setattr(HttpClient, "_open", spy_open)
     patch.setattr(petalfl.trainer, "train", spy_train)
 
 

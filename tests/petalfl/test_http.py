@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from petalfl.errors import EnrollError, PetalError, TransportError
 from petalfl.http import HttpClient
+from petalfl.paced import TIMEOUT_S, _Paced
 
 
 class Site:
@@ -161,7 +164,7 @@ def test_nobody_listens() -> None:
 
 
 def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petalfl.http.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("petalfl.paced.TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TransportError, match=f"no petalfl server answers at {url}: timed out"):
@@ -196,6 +199,110 @@ def test_a_body_cut_short() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"
     with raw_server(answer) as url, pytest.raises(TransportError):
         HttpClient(url).get("/x", 100)
+
+
+# Downloads; what becomes of them is in test_downlink.py
+
+SHA = "ab" * 32
+
+
+def test_what_has_not_changed_does_not_come(site: Site) -> None:
+    client = HttpClient(site.url)
+    site.answer("/x", 304)
+    assert client.get_changed("/x", 10, SHA) is None
+    site.answer("/x", 200, b"new")
+    assert client.get_changed("/x", 10, SHA) == b"new"
+
+
+def test_not_changed_without_being_asked(site: Site) -> None:
+    site.answer("/x", 304)
+    with pytest.raises(TransportError, match="304"):
+        HttpClient(site.url).get("/x", 10)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a trickle has to come."""
+    monkeypatch.setattr("petalfl.paced.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("petalfl.paced.MOST_PATIENCE_S", 0.3)
+    monkeypatch.setattr("petalfl.paced.MIN_BYTES_PER_S", 10_000)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
+TRICKLES = {
+    "status line": b"HTTP/1.1 200 ",
+    "headers": b"HTTP/1.1 200 OK\r\nX: ",
+    "body": HEAD,
+    "body after a good start": HEAD + bytes(50_000),
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n",
+    "complaint": b"HTTP/1.1 500 No\r\nContent-Length: 400\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("trickle", TRICKLES)
+def test_a_byte_now_and_then_is_not_enough(impatient: None, trickle: str) -> None:
+    """No timeout ever passes without a byte, and it ends nonetheless."""
+    with raw_server(TRICKLES[trickle], trickles=True) as url, pytest.raises(TransportError):
+        HttpClient(url).get("/x", 100_000)
+    with raw_server(TRICKLES[trickle], trickles=True) as url, pytest.raises(TransportError):
+        for _ in HttpClient(url).stream("/x", SHA, 0, 100_000):
+            pass
+
+
+# Reads of so many bytes in so many seconds, over and over, and whether that may go on.
+PACES = {
+    "a byte every 20 s": (1, 20.0, False),
+    "a byte every second": (1, 1.0, False),
+    "a bit too slow": (250, 1.0, False),
+    "just fast enough": (260, 1.0, True),
+    "fast enough with long breaks": (8000, 29.0, True),
+    "fast": (65536, 0.1, True),
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_how_slow_a_server_may_be(pace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_bytes, seconds, is_fine = PACES[pace]
+    now_s = 0.0
+    timeouts: list[float] = []
+
+    class Line(io.RawIOBase):
+        def readinto(self, buffer: Any) -> int:
+            nonlocal now_s
+            now_s += min(seconds, timeouts[-1])
+            if seconds > timeouts[-1]:
+                raise TimeoutError("timed out")
+            return num_bytes
+
+    class Connection:
+        def settimeout(self, timeout_s: float) -> None:
+            timeouts.append(timeout_s)
+
+    monkeypatch.setattr("petalfl.paced.time.monotonic", lambda: now_s)
+    paced = _Paced(Connection(), Line())  # type: ignore[arg-type]
+    if is_fine:
+        for _ in range(2000):
+            assert paced.readinto(bytearray(65536)) == num_bytes
+    else:
+        with pytest.raises(TimeoutError):
+            for _ in range(4000):
+                paced.readinto(bytearray(65536))
+        assert timeouts and min(timeouts) > 0
+    assert max(timeouts) <= TIMEOUT_S
+
+
+def test_a_connection_that_stays_open_after_the_last_byte() -> None:
+    answer = b"HTTP/1.1 200 OK\r\n\r\nabc"
+    with raw_server(answer, trickles=True) as url:
+        pieces = list(HttpClient(url).stream("/x", SHA, 0, 3))
+    assert b"".join(data for _, data in pieces) == b"abc"
+
+
+@pytest.mark.parametrize("answer", ODD_ANSWERS.values(), ids=ODD_ANSWERS.keys())
+def test_odd_answers_to_a_download(answer: bytes) -> None:
+    with raw_server(answer) as url, pytest.raises(TransportError):
+        for _ in HttpClient(url).stream("/x", SHA, 0, 1000):
+            pass
 
 
 def test_a_credential_stays_with_its_server(site: Site) -> None:
@@ -238,10 +345,15 @@ def test_malformed_port(url: str) -> None:
 
 
 class raw_server:  # noqa: N801 - a context manager
-    """Answers one connection with these bytes and hangs up."""
+    """Answers one connection with these bytes and hangs up, or sends a byte now and then for ever.
 
-    def __init__(self, answer: bytes) -> None:
+    Args:
+        trickles: Until the client has enough.
+    """
+
+    def __init__(self, answer: bytes, trickles: bool = False) -> None:
         self._answer = answer
+        self._trickles = trickles
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._serve)
 
@@ -259,6 +371,9 @@ class raw_server:  # noqa: N801 - a context manager
             connection.recv(4096)
             try:
                 connection.sendall(self._answer)
+                while self._trickles:
+                    connection.sendall(b"0")
+                    time.sleep(0.01)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(4096):
                     pass

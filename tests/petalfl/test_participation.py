@@ -19,9 +19,10 @@ from petalfl import (
     wire,
 )
 from petalfl.downlink import Downlink
-from petalfl.http import HttpClient, NotThereError
+from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
 from petalfl.participation import Participation
+from petalfl.source import NotThereError
 from petalfl.store import Outgoing, State
 from petalfl.threads import Threads
 from petalfl.trainer import LocalData, Trainer
@@ -82,22 +83,21 @@ def test_a_download_that_is_damaged_is_tried_again(
     busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
-    get = HttpClient.get
+    stream = HttpClient.stream
     num_downloads = 0
 
-    def flip_a_bit(self: HttpClient, path: str, max_bytes: int) -> bytes:
+    def flip_a_bit(self: HttpClient, path: str, *arguments: Any) -> Any:
         nonlocal num_downloads
-        data = get(self, path, max_bytes)
-        if "/blocks/" in path:
-            num_downloads += 1
-            data = data[:-1] + bytes([data[-1] ^ num_downloads % 2])
-        return data
+        num_downloads += "/blocks/" in path
+        for offset, data in stream(self, path, *arguments):
+            is_damaged = "/blocks/" in path and num_downloads % 3
+            yield offset, bytes([data[0] ^ 1]) + data[1:] if is_damaged else data
 
-    monkeypatch.setattr(HttpClient, "get", flip_a_bit)
+    monkeypatch.setattr(HttpClient, "stream", flip_a_bit)
     client = make(busy, "d")
     client.run()
     assert client._trainer.state.round_num == 3
-    assert "block encoder-a version 1: wrong sha256" in caplog.text
+    assert "blocks/encoder-a/1 comes with the wrong sha256" in caplog.text
 
 
 def test_a_download_that_fails_is_tried_again(

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web, web_request
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
+from petalfl.errors import PetalError
 from petalfl.store import Identity
 from petalfl.vectors import to_bytes
+from server import ranges
 from server.broker import BrokerError
+from server.catalog import File
 from server.web import MAX_REQUEST_BYTES, WebApp, build_app
 from tests.server.builders import (
     ENROLLED,
@@ -450,6 +454,103 @@ async def test_a_damaged_old_version_is_an_error_and_no_body(
 
 async def test_another_federation_is_not_found(served: Served) -> None:
     assert (await served.get("/v1/other/status", OPERATOR))[0] == 404
+
+
+# Ranges and entity tags
+
+BODY = to_bytes(INITIAL["head"])  # 32 bytes
+ETAG = f'"{hashlib.sha256(BODY).hexdigest()}"'
+WHOLE = (200, BODY, None)
+RANGES: dict[str, tuple[Headers, tuple[int, bytes, str | None]]] = {
+    "no range": ({}, WHOLE),
+    "from a byte on": ({"Range": "bytes=5-"}, (206, BODY[5:], "bytes 5-31/32")),
+    "from the first on": ({"Range": "bytes=0-"}, WHOLE),
+    "some bytes": ({"Range": "bytes=5-6"}, (206, BODY[5:7], "bytes 5-6/32")),
+    "beyond the end": ({"Range": "bytes=30-99"}, (206, BODY[30:], "bytes 30-31/32")),
+    "the last bytes": ({"Range": "bytes=-3"}, (206, BODY[-3:], "bytes 29-31/32")),
+    "at the end": ({"Range": "bytes=32-"}, (416, b"", "bytes */32")),
+    "far out": ({"Range": "bytes=" + "9" * 30 + "-"}, (416, b"", "bytes */32")),
+    "two ranges": ({"Range": "bytes=0-1,4-5"}, WHOLE),
+    "backwards": ({"Range": "bytes=6-5"}, WHOLE),
+    "another unit": ({"Range": "floats=1-2"}, WHOLE),
+    "nonsense": ({"Range": "bytes=a-b"}, WHOLE),
+    "too many digits": ({"Range": "bytes=" + "9" * 5000 + "-"}, WHOLE),
+    "if it is this": ({"Range": "bytes=5-", "If-Range": ETAG}, (206, BODY[5:], "bytes 5-31/32")),
+    "if it is another": ({"Range": "bytes=5-", "If-Range": '"other"'}, WHOLE),
+    "if it is this, weakly": ({"Range": "bytes=5-", "If-Range": f"W/{ETAG}"}, WHOLE),
+    "if it is of a date": ({"Range": "bytes=5-", "If-Range": "Sat, 21 Nov 2026 00:00:00 GMT"},
+                           WHOLE),
+    "known": ({"If-None-Match": ETAG}, (304, b"", None)),
+    "one of those known": ({"If-None-Match": f'"x", {ETAG}'}, (304, b"", None)),
+    "any known": ({"If-None-Match": "*"}, (304, b"", None)),
+    "another known": ({"If-None-Match": '"x"'}, WHOLE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RANGES)
+async def test_ranges_and_entity_tags(served: Served, case: str) -> None:
+    headers, (status, expected, content_range) = RANGES[case]
+    for path in (f"{ROOT}/blocks/head/1", f"{ROOT}/artifacts/head/parameters.bin"):
+        async with served.client.get(path, headers=login("watch") | headers) as response:
+            body = await response.read()
+            assert (response.status, response.headers.get("Content-Range")) == (
+                status,
+                content_range,
+            )
+            assert body == expected or status == 416
+            assert response.headers["ETag"] == ETAG
+    devices = await served.json(f"{ROOT}/devices", OPERATOR)
+    counted = {} if status in (304, 416) else {"head": {"bytes_up": 0, "bytes_down": len(expected)}}
+    assert devices["watch"]["blocks"] == counted
+
+
+async def test_a_head_request_has_the_length_and_no_body(served: Served) -> None:
+    for path in (f"{ROOT}/blocks/head/1", f"{ROOT}/artifacts/head/parameters.bin"):
+        headers = login("watch") | {"Range": "bytes=5-"}
+        async with served.client.head(path, headers=headers) as response:
+            assert (response.status, response.headers["Content-Length"]) == (200, "32")
+            assert (response.headers["ETag"], await response.read()) == (ETAG, b"")
+    assert (await served.json(f"{ROOT}/devices", OPERATOR))["watch"]["blocks"] == {}
+
+
+async def test_the_manifests_tag_is_its_digest(served: Served) -> None:
+    """Of the manifest that the server goes by, whatever lies in its folder meanwhile."""
+    path = served.site.artifacts / "manifest.json"
+    manifest = path.read_bytes()
+    etag = f'"{hashlib.sha256(manifest).hexdigest()}"'
+    path.write_bytes(b"{}")
+    async with served.client.get(f"{ROOT}/manifest", headers=login("watch")) as response:
+        assert (await response.read(), response.headers["ETag"]) == (manifest, etag)
+    known = login("watch") | {"If-None-Match": etag}
+    assert await served.get(f"{ROOT}/manifest", known) == (304, b"")
+
+
+async def test_a_file_that_became_shorter_is_an_error(served: Served) -> None:
+    path = served.site.artifacts / "head" / "parameters.bin"
+    path.write_bytes(BODY[:-1])
+    status, body = await served.get(f"{ROOT}/artifacts/head/parameters.bin", login("watch"))
+    assert status == 503 and b"is shorter than the manifest says" in body
+    path.unlink()
+    status, body = await served.get(f"{ROOT}/artifacts/head/parameters.bin", login("watch"))
+    assert status == 503 and b"cannot read" in body
+
+
+async def test_a_file_that_becomes_shorter_on_its_way_is_cut_off(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than filled with something else: the client sees that it is not whole."""
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 10)
+    read = File.read
+
+    def shrinking(self: File, start: int, end: int) -> bytes | memoryview:
+        if start >= 20:
+            raise PetalError("shorter")
+        return read(self, start, end)
+
+    with monkeypatch.context() as patch, pytest.raises(aiohttp.ClientPayloadError):
+        patch.setattr(File, "read", shrinking)
+        await served.get(f"{ROOT}/artifacts/head/parameters.bin", login("watch"))
+    assert (await served.get(f"{ROOT}/manifest", OPERATOR))[0] == 200
 
 
 # For operators
