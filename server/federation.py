@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from petalfl import wire
@@ -78,6 +78,7 @@ class Federation:
         self._now_s = now_s
         self._sender: Sender | None = None
         self._timer: asyncio.Handle | None = None
+        self._stepping: asyncio.Task[None] | None = None
         self._tally = Tally()
         self._traffic = Traffic()
         check_owner(state, config, manifest)
@@ -105,6 +106,8 @@ class Federation:
         """Stops the clock; an open round stays open in the state."""
         self._set_timer(None)
         self._sender = None
+        if self._stepping is not None:  # nothing is lost: its updates are in the journal
+            self._stepping.cancel()
         self.flush_traffic()
 
     def reconfigure(self, config: Config) -> None:
@@ -152,6 +155,8 @@ class Federation:
         if refusal is None and not self.round.has(device, update):
             is_known = self._state.has_update(update.update_id)
             refusal = Refusal("duplicate", "its update_id is another's") if is_known else None
+            if self._stepping is not None and not self.config.is_async:
+                refusal = Refusal("late", f"round {self.round_num} is closing")
         return refusal
 
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
@@ -221,21 +226,27 @@ class Federation:
             asyncio.get_running_loop().call_soon(self._advance)
 
     def _advance(self) -> None:
-        if self._sender is None:
+        if self._sender is None or self._stepping is not None:  # which ends in `_advance`
             return
         try:
             self._do_what_is_due()
         except (StateError, sqlite3.Error) as error:  # the disk is full, say
-            log.error("round %d has to wait: %s", self.round_num, error)
-            self._set_timer(asyncio.get_running_loop().time() + RETRY_S)
+            self._wait(error)
         else:
             self._set_timer(self.round.deadline_s if self.round else None)
+
+    def _wait(self, why: object) -> None:
+        """Tries again later what could not be done now."""
+        log.error("round %d has to wait: %s", self.round_num, why)
+        self._set_timer(asyncio.get_running_loop().time() + RETRY_S)
 
     def _do_what_is_due(self) -> None:
         if self.round is not None:
             self._give_up_late()
-        while (due := self._due_blocks()) is not None:
-            self._step(due)
+        if self.round is not None and (due := self._due_blocks()) is not None:
+            self.round.hold(due)
+            self._stepping = asyncio.create_task(self._step(self.round, due), name="step")
+            return
         if self.round is None and not self._is_over():
             self._open_round()
         if self.round is None and self._is_over() and not self.finished.is_set():
@@ -323,11 +334,25 @@ class Federation:
             round_num, self._state, self.shared, self.config, self._aggregator, deadline_s
         )
 
-    def _step(self, names: Collection[str]) -> None:
+    async def _step(self, stepping: Round, names: Collection[str]) -> None:
+        """Aggregates on a thread, so that the loop goes on meanwhile, and takes the step."""
+        try:
+            results = await asyncio.to_thread(stepping.results, names)
+            self._take_step(stepping, results)
+        except (StateError, sqlite3.Error) as error:  # the disk is full, say
+            self._wait(error)
+        except Exception:
+            log.exception("round %d cannot step", stepping.round_num)
+            self._wait("its updates cannot be aggregated")
+        else:
+            self._advance_soon()
+        finally:
+            stepping.release()
+            self._stepping = None
+
+    def _take_step(self, stepping: Round, results: Mapping[str, BlockResult]) -> None:
         """Blocks with enough updates get their next version; others drop what they have."""
-        assert self.round is not None and self._sender is not None
-        stepping = self.round
-        results = stepping.results(names)
+        assert self._sender is not None
         versions = {name: new for name, r in results.items() if (new := self._next(name, r))}
         outcomes = {
             update_id: versions[name].version if name in versions else 0

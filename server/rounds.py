@@ -92,6 +92,7 @@ class Round:
         self._sent: dict[str, dict[str, bytes]] = {}  # by device and block: an update_id
         self._versions = dict(versions)
         self._blocks = blocks
+        self._held: dict[str, list[BlockUpdate]] = {}
         self._weigh = weigh
         self._max_staleness = max_staleness
         self._max_norm = max_norm
@@ -174,7 +175,10 @@ class Round:
         if self.has(update.device, update):
             return
         self.note(update.device, update.block, update.update_id)
-        self.buffer(update)
+        if update.block in self._held:
+            self._held[update.block].append(update)
+        else:
+            self.buffer(update)
 
     def note(self, device: str, block: str, update_id: bytes) -> None:
         """Knows from now on that this device has sent its update of this block."""
@@ -187,6 +191,16 @@ class Round:
         if self._max_norm:
             update = replace(update, encoded=clip(update.encoded, self._max_norm))
         self.buffers[update.block].add(update, weight)
+
+    def hold(self, blocks: Collection[str]) -> None:
+        """Leaves those blocks' buffers as they are: updates that come wait for `release`."""
+        self._held = {name: [] for name in blocks}
+
+    def release(self) -> None:
+        """Buffers what came since `hold`, by the versions that there are now."""
+        held, self._held = self._held, {}
+        for update in (one for updates in held.values() for one in updates):
+            self.buffer(update)
 
     def results(self, blocks: Collection[str]) -> dict[str, BlockResult]:
         """What those blocks' buffers hold; changes nothing."""

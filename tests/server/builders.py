@@ -207,9 +207,14 @@ def average(updates: Sequence[wire.BlockUpdate]) -> Vector:
 
 
 async def settle() -> None:
-    """Lets the event loop run whatever is due now."""
-    for _ in range(12):
-        await asyncio.sleep(0)
+    """Lets the event loop run whatever is due now, and steps of blocks come to their end."""
+    while True:
+        for _ in range(12):
+            await asyncio.sleep(0)
+        steps = [task for task in asyncio.all_tasks() if task.get_name() == "step"]
+        if not steps:
+            return
+        await asyncio.wait(steps)
 
 
 @dataclass
