@@ -24,8 +24,8 @@ from petalfl.model import Artifact, Artifacts, Block, Parameter, Tensor
 from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import parse_aggregator
-from server.aggregators.canonical import leading_directions
 from server.optimizers import OptimizerState, parse_optimizer, step
+from server.reducer.rules.bases import leading_directions
 
 ROWS, COLUMNS, RANK = 64, 32, 4
 Array: TypeAlias = NDArray[np.float64]

@@ -23,14 +23,27 @@ class Matrix(NamedTuple):
         return self.shape[0] > max(self.shape[1], MAX_ROWS)
 
     @property
+    def size(self) -> int:
+        """The number of its values."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def num_rows(self) -> int:
         """Of `view`."""
         return self.shape[1] if self.is_turned else self.shape[0]
 
+    @property
+    def num_columns(self) -> int:
+        """Of `view`."""
+        return self.shape[0] if self.is_turned else self.shape[1]
+
     def view(self, vector: Vector) -> Vector:
         """The matrix in a block's vector, turned where it `is_turned`; writing to it writes it."""
-        flat = vector[self.start : self.start + self.shape[0] * self.shape[1]]
-        matrix = flat.reshape(self.shape)
+        return self.of(vector[self.start : self.start + self.size])
+
+    def of(self, values: Vector) -> Vector:
+        """The same of its own values ``(size,)``."""
+        matrix = values.reshape(self.shape)
         return matrix.T if self.is_turned else matrix
 
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
+from ..reducer import rules
+from ..reducer.rules.products import squared_distances
 from .aggregator import Aggregator
-from .over_all import Kept, Weights, inner_products, over_all, squared_distances, weighted_sum
+from .over_all import Kept, Weights, mean, over_all
 
 _MAX_STEPS = 1000
 _TOLERANCE = 1e-9  # of every share: a tiny one may be that of a huge delta
@@ -38,9 +41,9 @@ def geometric_median(smoothing: float = 1e-6) -> Aggregator[Kept]:
     if not 0 < smoothing < 1:
         raise ValueError(f"expected smoothing in (0, 1), found {smoothing}")
 
-    def rule(deltas: Sequence[Vector], weights: Weights) -> Vector:
-        shares = weiszfeld(inner_products(deltas), weights, smoothing)
-        return weighted_sum(deltas, shares)
+    def rule(deltas: Sequence[EncodedDelta], weights: Weights) -> Vector:
+        products = rules.active().inner_products(deltas)
+        return mean(deltas, weiszfeld(products, weights, smoothing))
 
     return over_all(rule)
 
@@ -51,7 +54,7 @@ def weiszfeld(
     """The deltas' shares in their geometric median: ``(n,)``, ≥ 0, of sum 1.
 
     Args:
-        products: The deltas' `inner_products`.
+        products: The deltas' inner products, around any origin.
     """
     shares: Weights = weights / weights.sum()
     pairs = np.sqrt(squared_distances(products))

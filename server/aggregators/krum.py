@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
+from ..reducer import rules
+from ..reducer.rules.products import squared_distances
 from .aggregator import Aggregator
-from .over_all import Kept, Weights, inner_products, over_all, squared_distances, weighted_sum
+from .over_all import Kept, Weights, mean, over_all
 
 
 def krum(num_attackers: int) -> Aggregator[Kept]:
@@ -51,15 +54,15 @@ def multi_krum(num_attackers: int, num_selected: int = 0) -> Aggregator[Kept]:
             f"found {num_attackers}, {num_selected}"
         )
 
-    def rule(deltas: Sequence[Vector], weights: Weights) -> Vector:
+    def rule(deltas: Sequence[EncodedDelta], weights: Weights) -> Vector:
         num_updates = len(deltas)
-        distances = squared_distances(inner_products(deltas))
+        distances = squared_distances(rules.active().inner_products(deltas))
         np.fill_diagonal(distances, 0.0)
         num_neighbors = max(1, num_updates - num_attackers - 2)
         distances.sort(axis=1)  # its own 0 comes first
         scores = distances[:, 1 : 1 + num_neighbors].sum(axis=1)
         count = num_selected or max(1, num_updates - num_attackers)
         chosen = np.argsort(scores, kind="stable")[:count]
-        return weighted_sum([deltas[k] for k in chosen], weights[chosen] / weights[chosen].sum())
+        return mean([deltas[k] for k in chosen], weights[chosen])
 
     return over_all(rule, quorum=2 * num_attackers + 3)

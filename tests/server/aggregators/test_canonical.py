@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from petalfl.vectors import Vector
 from server.aggregators import canonical, weighted_mean
-from server.aggregators.canonical import leading_directions, reliabilities
-from server.matrices import MAX_ROWS
+from server.matrices import MAX_ROWS, matrices
+from server.reducer.rules.bases import leading_directions, reliabilities
 from tests.server.aggregators.builders import Update, aggregate, assert_order_free, vector_block
 from tests.server.builders import make_block
 
@@ -79,7 +79,7 @@ def test_a_matrix_too_high_for_a_basis_of_its_rows_is_merged_transposed() -> Non
     ]
     drawn = draw(3, size=high * M)
     turned = [(d.reshape(high, M).T.ravel(), w) for d, w in drawn]
-    assert [gram.shape for gram in canonical().init(blocks[0]).grams] == [(M, M)]
+    assert [matrix.num_rows for matrix in matrices(blocks[0])] == [M]
     np.testing.assert_allclose(
         aggregate(canonical(), drawn, blocks[0]).reshape(high, M).T,
         aggregate(canonical(), turned, blocks[1]).reshape(M, high),

@@ -1,0 +1,97 @@
+"""Updates that stay as they came, expanded tile by tile within a budget of memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from petalfl.codecs.encoded import ALIGN
+from petalfl.payloads import EncodedDelta
+from petalfl.vectors import Vector
+
+BUDGET_BYTES = 256 << 20  # of working memory, beside the stored updates and the result
+TILE_VALUES = 1 << 20  # of all updates together: 4 MiB of float32
+R = TypeVar("R")
+
+
+class Tiling(NamedTuple):
+    """How a block is cut: the values of every update in a tile, and the threads."""
+
+    size: int
+    width: int
+    num_threads: int
+
+    def run(self, work: Callable[[Iterator[slice]], R]) -> list[R]:
+        """``work`` of each thread's tiles; they are dealt in turn, the same in every run."""
+        if self.num_threads == 1:
+            return [work(self._tiles(0))]
+        with ThreadPoolExecutor(self.num_threads, "rules") as pool:
+            return list(pool.map(work, map(self._tiles, range(self.num_threads))))
+
+    def _tiles(self, thread: int) -> Iterator[slice]:
+        for start in range(thread * self.width, self.size, self.num_threads * self.width):
+            yield slice(start, min(start + self.width, self.size))
+
+
+def tiling(deltas: Sequence[EncodedDelta], bytes_per_value: int) -> Tiling:
+    """Tiles that together take `BUDGET_BYTES` at most, however many the updates are.
+
+    Args:
+        bytes_per_value: What a rule needs for every value in a tile.
+    """
+    size, num_updates = deltas[0].size, len(deltas)
+    fitting = max(1, BUDGET_BYTES // (num_updates * bytes_per_value))  # of all threads together
+    width = min(size, fitting, max(ALIGN, TILE_VALUES // num_updates // ALIGN * ALIGN))
+    num_threads = min(num_cores(), fitting // width, -(-size // width))
+    return Tiling(size, width, num_threads)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def columns(
+    deltas: Sequence[EncodedDelta], tiles: Iterator[slice], width: int
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Each tile with all updates' values in it: float32 ``(tile, n)``, overwritten by the next."""
+    num_updates = len(deltas)
+    # A row of 2^k values would put each column's into a few sets of the cache.
+    tile = np.empty((width, num_updates | 1), np.float32)[:, :num_updates]
+    for part in tiles:
+        values = tile[: part.stop - part.start]
+        for k, delta in enumerate(deltas):
+            read(delta, part, values[:, k])
+        yield part, values
+
+
+def read(delta: EncodedDelta, part: slice, out: Vector) -> None:
+    """Writes the part's values into ``out``, wherever the part begins."""
+    skip = part.start % ALIGN
+    if not skip:
+        delta.read(part.start, part.stop, out)
+        return
+    piece = np.empty(skip + out.size, np.float32)
+    delta.read(part.start - skip, part.stop, piece)
+    out[:] = piece[skip:]
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Keeps the BLAS from starting threads beside ours: they wait for one another by spinning."""
+    limit: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
+    return limit
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
