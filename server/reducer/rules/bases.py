@@ -17,7 +17,8 @@ from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
 from ...matrices import Matrix
-from .tiles import BUDGET_BYTES, read
+from . import tiles
+from .tiles import read
 
 Array: TypeAlias = NDArray[np.float64]
 _TINY = 1e-150  # to divide by
@@ -74,7 +75,7 @@ def reliabilities(coefficients: NDArray[np.floating], shares: Array, temperature
 
 def groups(num_directions: int, bytes_per_direction: int) -> Iterator[slice]:
     """Directions whose coefficients fit the budget together."""
-    count = max(1, BUDGET_BYTES // 2 // bytes_per_direction)
+    count = max(1, tiles.BUDGET_BYTES // 2 // bytes_per_direction)
     for start in range(0, num_directions, count):
         yield slice(start, min(start + count, num_directions))
 

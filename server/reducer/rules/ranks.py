@@ -75,7 +75,7 @@ def _weighted_mean(
 
 def _kept(values: NDArray[np.float32], cut: int) -> NDArray[np.bool_]:
     """Which values stay, where of equals the first is the least: value and place as one key."""
-    bits = values.view(np.int32)
+    bits = (values + np.float32(0)).view(np.int32)  # -0 is 0
     keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)  # of the floats' order
     keys <<= 32
     keys |= np.arange(values.shape[1])
