@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.bench_canonical import matrix_block, table
+from benchmarks.machine import describe_machine
 from petalfl.model import Block
 from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
@@ -65,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(row)))
         return 0
     head = f"{options.updates} updates of {options.rows} x {options.columns} float32."
-    print("\n\n".join([report(rows, is_markdown=options.markdown), head, NOTES, _machine()]))
+    print(
+        "\n\n".join(
+            [report(rows, is_markdown=options.markdown), head, NOTES, describe_machine("numpy")]
+        )
+    )
     return 0
 
 
@@ -110,16 +112,6 @@ def optimizer_row(rule: str, block: Block, deltas: Sequence[Vector]) -> Row:
         return step(optimizer, block, parameters, deltas[0], state)
 
     return Row(rule, 0.0, _least(run), _peak(run), 0)
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, numpy {np.__version__}. "
-        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}."
-    )
 
 
 def _least(function: Callable[[], object]) -> float:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench_server import RunningServer, running_server
+from benchmarks.machine import describe_machine
 from examples.android_sim.data import watch_devices
 from petalfl.http import HttpClient
 
@@ -365,7 +365,7 @@ def report(
     """All tables, what they count, and the machine."""
     tables = (start_cells(starts), life_cells(lives), environment_cells(environments))
     parts = [_table(cells, is_markdown=is_markdown) for cells in tables]
-    return "\n\n".join((*parts, NOTES, _machine()))
+    return "\n\n".join((*parts, NOTES, describe_machine()))
 
 
 def start_cells(starts: Sequence[Start]) -> list[tuple[str, ...]]:
@@ -438,16 +438,6 @@ def _table(cells: Sequence[tuple[str, ...]], *, is_markdown: bool) -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     return "\n".join(lines)
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}. "
-        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}."
-    )
 
 
 def _say(text: str) -> None:

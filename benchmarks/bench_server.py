@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import secrets
 import signal
 import subprocess
@@ -24,12 +23,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.light_clients import LightClient, open_fleet, random_payload
+from benchmarks.machine import describe_machine
 from petalfl.model import Modality
 from server.memory import keep_freed_memory
 from tests.mosquitto import missing_mosquitto, mosquitto
@@ -330,7 +329,9 @@ def report(rows: Sequence[Row], *, is_markdown: bool) -> str:
         lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
     with tempfile.TemporaryDirectory(prefix="bench-server-") as name:
         limits = machine_limits(Path(name))
-    return "\n\n".join(["\n".join(lines), NOTES, f"{_machine()}\n{limits}."])
+    return "\n\n".join(
+        ["\n".join(lines), NOTES, describe_machine("numpy", "paho-mqtt"), f"{limits}."]
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -353,17 +354,6 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _number(value: float | None, factor: float, digits: int) -> str:
     return "" if value is None else f"{factor * value:.{digits}f}"
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "paho-mqtt"))
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {versions}. "
-        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}."
-    )
 
 
 def _say(text: str) -> None:

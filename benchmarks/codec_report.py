@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from benchmarks.bench_canonical import table
+from benchmarks.machine import describe_machine
 
 NOTES = """\
 MB/s of float32, 10^6 bytes, by the time that one core computes; median and p10-p90 of single calls.
@@ -49,7 +45,7 @@ HEADER = ("codec", "encode MB/s", "p10-p90", "decode MB/s", "p10-p90", "both MB/
 def report(rows: Sequence[Row], head: str, *, is_markdown: bool) -> str:
     """The table, what it counts, and the machine."""
     lines = table([HEADER, *(_cells(row) for row in rows)], is_markdown)
-    return "\n\n".join([lines, head, NOTES, _machine()])
+    return "\n\n".join([lines, head, NOTES, describe_machine("numpy")])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -70,13 +66,3 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, numpy {np.__version__}. "
-        f"Load average at the end of the run: {os.getloadavg()[0]:.1f}."
-    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from benchmarks.machine import describe_machine
 
 CONTENDERS = {
     "pytorch": "PyTorch eager",
@@ -127,21 +126,9 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _machine() -> str:
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "onnxruntime-training-cpu", "numpy")
-    )
     sizes = ", ".join(f"{n} {_package_bytes(n) / 1e6:.0f} MB" for n in ("torch", "onnxruntime"))
-    load = os.getloadavg()[0]
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; "
-        f"installed: {sizes}. Load average at the end of the run: {load:.1f}."
-    )
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    machine = describe_machine("torch", "onnxruntime-training-cpu", "numpy")
+    return f"{machine} Installed: {sizes}."
 
 
 def _package_bytes(name: str) -> int:
