@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from petalfl.codecs import parse_codec
-from petalfl.model import ModelManifest
+from petalfl.model import Block, ModelManifest
 from petalfl.payloads import max_payload_bytes
 from petalfl.schema import read
 from petalfl.training import Hyperparameters
 
 from .options import BY_KEY, ConfigError, PerBlock
+from .private_tensors import find_private_tensors
 from .schedules import ScheduleName
 from .settings import Setting, Settings
 
@@ -32,6 +34,7 @@ class Config:
             round.
         deadline_s: Nobody waits longer for a device that has a task.
         private_blocks: These never leave a device.
+        private_tensors: Nor do these, ``BLOCK/TENSOR``, of the shared blocks.
         mode: sync: all blocks step together when their cohort has reported; async (FedBuff, per
             block): each block steps when its buffer is full, and nobody waits for anybody.
         selection: Who of those ready is in the cohort, as `parse_selection` reads it.
@@ -58,6 +61,7 @@ class Config:
     hyperparameters: Hyperparameters
     schedule: ScheduleName
     seed: int
+    private_tensors: tuple[str, ...] = ()
     mode: Mode = "sync"
     selection: str = "all"
     cohort_size: int = 0
@@ -95,11 +99,13 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         raise ConfigError(
             f"{_label('schedule', settings)} cosine needs --rounds; choose --schedule constant"
         )
+    private = _private(settings, manifest)
     config = Config(
         artifacts=value["artifacts"],
         data_dir=value["data_dir"],
         federation=name,
-        private_blocks=_private(settings, manifest),
+        private_blocks=private,
+        private_tensors=_private_tensors(settings, _shared(manifest, private)),
         num_rounds=value["rounds"],
         min_devices=value["min_devices"],
         deadline_s=value["deadline"],
@@ -121,11 +127,7 @@ _AS_THEY_ARE = (
 
 
 def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
-    shared = [
-        block
-        for block in manifest.blocks
-        if not block.is_frozen and block.name not in config.private_blocks
-    ]
+    shared = _shared(manifest, config.private_blocks)
     for key in ("quorum", "buffer_size"):
         known = {block.name for block in shared}
         if unknown := sorted(settings[key].value.by_block.keys() - known):
@@ -231,3 +233,14 @@ def _private(settings: Settings, manifest: ModelManifest) -> tuple[str, ...]:
             f"trains; those are {', '.join(trainable)}"
         )
     return tuple(name for name in trainable if name in listed)
+
+
+def _private_tensors(settings: Settings, shared: Sequence[Block]) -> tuple[str, ...]:
+    try:
+        return find_private_tensors(settings["private_tensors"].value, shared)
+    except ValueError as error:
+        raise ConfigError(f"{_label('private_tensors', settings)}: {error}") from error
+
+
+def _shared(manifest: ModelManifest, private: Collection[str]) -> list[Block]:
+    return [b for b in manifest.blocks if not b.is_frozen and b.name not in private]

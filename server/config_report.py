@@ -21,6 +21,7 @@ def as_text(effective: Effective, configs: Mapping[str, Config]) -> str:
             f"federation {name}",
             *_table(settings, is_of_server=False),
             f"  private blocks: {', '.join(config.private_blocks) or 'none'}",
+            f"  private tensors: {', '.join(config.private_tensors) or 'none'}",
             f"  schedule: {config.schedule}; server optimizer: {config.server_optimizer}",
         ]
     return "\n".join(lines)
@@ -33,6 +34,7 @@ def as_json(effective: Effective, configs: Mapping[str, Config]) -> str:
         name: {
             "settings": _plain(settings, is_of_server=False),
             "private_blocks": list(configs[name].private_blocks),
+            "private_tensors": list(configs[name].private_tensors),
             "schedule": configs[name].schedule,
             "server_optimizer": configs[name].server_optimizer,
         }

@@ -82,7 +82,9 @@ class Federation:
         self._tally = Tally()
         self._traffic = Traffic()
         check_owner(state, config, manifest)
-        self.shared = SharedBlocks(state, manifest, config.artifacts, config.private_blocks)
+        self.shared = SharedBlocks(
+            state, manifest, config.artifacts, config.private_blocks, config.private_tensors
+        )
         self.roster = Roster(self.shared.blocks, state.candidates())
         self._use(config)
         unclosed = state.unclosed_round()

@@ -219,6 +219,10 @@ OPTIONS: tuple[Option, ...] = (
            "private_blocks. Frozen blocks are never sent", ROUNDS, "{fm,ph,phf,local}"),
     Option("private-blocks", _names, (), "instead of a scheme: the blocks that stay on the devices",
            ROUNDS, "BLOCK,…"),
+    Option("private-tensors", _names, (),
+           "of the shared blocks: tensors that stay on the devices, as BLOCK/TENSOR with * and ?; "
+           "batch-norm is FedBN: weight, bias and running statistics of every such layer", ROUNDS,
+           "GLOB,…"),
     Option("mode", _one_of("sync", "async"), "sync",
            "sync: a cohort trains, then all blocks step; async (FedBuff, per block): every device "
            "trains at its own pace, and a block steps when its buffer is full", ROUNDS,

@@ -18,7 +18,7 @@ def check_owner(state: ServerState, config: Config, manifest: ModelManifest) -> 
     """Raises `ConfigError` where the folder was made for another model, sharing scheme or mode."""
     for key, value in (
         ("model layout", manifest.layout_sha256),
-        ("private blocks", ",".join(sorted(config.private_blocks))),
+        ("private blocks", ",".join(sorted((*config.private_blocks, *config.private_tensors)))),
         ("mode", config.mode),
     ):
         stored = state.setting(key, value)

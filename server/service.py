@@ -200,7 +200,7 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
     lines = [
         f"petalfl serves federation {config.federation!r} of model {manifest.name!r}",
         f"  shared     {', '.join(shared) or 'nothing'}",
-        f"  private    {', '.join(config.private_blocks) or 'nothing'}",
+        f"  private    {', '.join((*config.private_blocks, *config.private_tensors)) or 'nothing'}",
         *([f"  frozen     {', '.join(frozen)}"] if frozen else []),
         f"  rounds     {rounds}, {pace} at least {config.min_devices} devices",
         f"  http       {url}",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from petalfl.model import Block, ModelManifest, read_artifact
+from petalfl.private_tensors import private_values, put_back, withhold
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import BlockVersion
 
@@ -47,6 +48,7 @@ class SharedBlocks:
         manifest: ModelManifest,
         artifacts: Path,
         private_blocks: Collection[str],
+        private_tensors: Collection[str] = (),
     ) -> None:
         self.blocks: dict[str, Block] = {
             block.name: block
@@ -57,6 +59,7 @@ class SharedBlocks:
         self._bodies: dict[str, bytes] = {}
         self._old: dict[tuple[str, int], Body] = {}  # the one asked for last comes last
         self._manifest = manifest
+        self._private_tensors = frozenset(private_tensors)
         self._state = state
         for name, block in self.blocks.items():
             initial = read_artifact(artifacts, block.artifacts.parameters)
@@ -113,11 +116,18 @@ class SharedBlocks:
     def next_version(
         self, name: str, delta: Vector, optimizer: ServerOptimizer
     ) -> NewVersion | None:
-        """What an optimizer makes of a block; None where that would not be finite."""
+        """What an optimizer makes of a block; None where that would not be finite.
+
+        Private tensors keep their initial values, whatever a device may have sent there.
+        """
         block, version = self.blocks[name], self.pointers[name].version
-        parameters, state = self._state.read_version(block, version)
+        before, state = self._state.read_version(block, version)
+        delta = withhold(block, self._private_tensors, delta)
         with np.errstate(over="ignore", invalid="ignore"):
-            parameters, state = step(optimizer, block, parameters, delta, state)
+            parameters, state = step(optimizer, block, before, delta, state)
+        parameters = put_back(
+            block, private_values(block, self._private_tensors, before), parameters
+        )
         if not all(np.isfinite(array).all() for array in (parameters, *state.values())):
             log.error("block %s keeps version %d: the next would not be finite", name, version)
             return None

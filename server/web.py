@@ -163,10 +163,17 @@ class WebApp:
         except PetalError as error:
             self._state.remove_device(wanted.device)
             raise web.HTTPServiceUnavailable(text=str(error)) from error
-        private = self._federation.config.private_blocks
-        identity = Identity(self.name, wanted.device, password, private)
+        config = self._federation.config
+        identity = Identity(
+            self.name, wanted.device, password, config.private_blocks, config.private_tensors
+        )
         log.info("enrolled %s with %s", wanted.device, ", ".join(modalities))
-        return web.json_response(plain(identity))
+        reply = plain(identity)
+        if not identity.private_tensors:
+            del reply[
+                "private_tensors"
+            ]  # a device that knows of none takes part where there are none
+        return web.json_response(reply)
 
     async def _add_modalities(self, request: web.Request, device: str) -> web.Response:
         wanted = await self._read(request, ModalitiesRequest, "modalities")
@@ -228,6 +235,7 @@ class WebApp:
                 "devices_ready": len(federation.roster.ready),
                 "shared_blocks": federation.shared.versions,
                 "private_blocks": federation.config.private_blocks,
+                "private_tensors": federation.config.private_tensors,
                 "frozen_blocks": [b.name for b in federation.manifest.blocks if b.is_frozen],
                 "mode": federation.config.mode,
                 "updates_refused": dict(federation.refused),

@@ -37,18 +37,25 @@ _WAY_OUT = {
     "state.msgpack": "restore both or delete both; then the private blocks begin anew",
     "shared.msgpack": "",
 }
+_TensorName = Annotated[str, Limit(3, 64 + 1 + 256)]  # BLOCK/TENSOR
 _VectorBytes = Annotated[bytes, Limit(0, 4 * MAX_BLOCK_SIZE)]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What enrollment gave this device; ``password`` opens HTTP and MQTT."""
+    """What enrollment gave this device; ``password`` opens HTTP and MQTT.
+
+    Attributes:
+        private_tensors: Of the blocks that are not private as a whole, see
+            `petalfl.private_tensors`.
+    """
 
     federation: Name
     device: Name
     password: Annotated[str, Limit(16, 256)]
     private_blocks: Annotated[tuple[Name, ...], Limit(0, 128)]
+    private_tensors: Annotated[tuple[_TensorName, ...], Limit(0, 4096)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +80,16 @@ class State:
 
     Attributes:
         residuals: By shared block, what goes into its next update.
+        private_tensors: By ``BLOCK/TENSOR`` of a shared block: the device's own values.
     """
 
     round_num: Annotated[int, Limit(0, 1 << 40)] = 0
     private: Annotated[dict[Name, _VectorBytes], Limit(0, 128)] = field(default_factory=dict)
     outbox: Annotated[tuple[Outgoing, ...], Limit(0, 256)] = ()
     residuals: Annotated[dict[Name, Residual], Limit(0, 128)] = field(default_factory=dict)
+    private_tensors: Annotated[dict[_TensorName, _VectorBytes], Limit(0, 4096)] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections.abc import Collection
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from petalfl.codecs import Codec, parse_codec
 from petalfl.errors import DataError
 from petalfl.model import Block
 from petalfl.payloads import encode_payload
+from petalfl.private_tensors import withhold
 from petalfl.store import Outgoing, Residual
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
@@ -26,18 +28,23 @@ def make_update(
     delta: Vector,
     kept: Residual | None,
     rng: np.random.Generator,
+    private_tensors: Collection[str] = (),
 ) -> tuple[Outgoing, Residual | None]:
     """The update of a block that the task asks for, and the residual that it leaves.
 
     Args:
         kept: The residual of the update before, which goes into this one.
         rng: For codecs that round by lot.
+        private_tensors: Neither they nor what was once kept of them is in the update.
 
     Raises:
         DataError: The delta is not finite.
     """
     base_version = task.blocks[block.name].version
     residual = _usable(kept, block, base_version)
+    delta = withhold(block, private_tensors, delta)
+    if residual is not None:
+        residual = withhold(block, private_tensors, residual)
     codec, payload, left = _encode(block, parse_codec(task.codec or "f32"), delta, residual, rng)
     manifest = wire.UpdateManifest(
         update_id=secrets.token_bytes(16),

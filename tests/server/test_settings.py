@@ -207,6 +207,8 @@ IMPOSSIBLE = {
     "max_upload_bytes = 11": "max_upload_bytes: found 11, the smallest shared block has 12",
     "scheme = 'ph'\nprivate_blocks = 'head'": "private_blocks: there is a scheme, too",
     "private_blocks = ['tail']": "private_blocks: 'tail' is no block of the model that trains",
+    "private_tensors = ['head/none']": "private_tensors: 'head/none' names no tensor of a shared",
+    "scheme = 'ph'\nprivate_tensors = 'head/*'": "private_tensors: 'head/*' names no tensor of a",
     "server_momentum = 0.5\nserver_optimizer = 'adam'": "server_momentum: the server optimizer is",
     "server_momentum = 1.0": "server_momentum: server optimizer 'momentum:1.0': expected",
     "epochs = 0": "epochs: 0 is outside [1, 1000]",

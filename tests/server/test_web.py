@@ -259,6 +259,12 @@ async def test_enrollment_tells_which_blocks_are_private(tmp_path: Path) -> None
         assert json.loads(body)["private_blocks"] == ["fusion", "head"]
 
 
+async def test_enrollment_tells_which_tensors_are_private(tmp_path: Path) -> None:
+    async with serve(tmp_path, private_tensors=("head/fc.bias",)) as served:
+        _, body = await served.enroll({"device": "new", "modalities": ["acc"]})
+        assert json.loads(body)["private_tensors"] == ["head/fc.bias"]
+
+
 async def test_a_taken_name_is_refused_and_keeps_its_login(served: Served) -> None:
     status, body = await served.enroll({"device": "watch", "modalities": ["gyro"]})
     assert (status, served.broker.granted) == (409, {})
@@ -573,6 +579,7 @@ async def test_the_status_follows_the_rounds(tmp_path: Path) -> None:
             "devices_ready": 0,
             "shared_blocks": {"encoder-acc": 1, "encoder-gyro": 1, "fusion": 1},
             "private_blocks": ["head"],
+            "private_tensors": [],
             "frozen_blocks": [],
             "mode": "sync",
             "updates_accepted": 0,
