@@ -27,6 +27,7 @@ from export import export_model
 from export.models import har
 from petalfl.codecs import Codec, parse_codec
 from petalfl.engine import OrtEngine
+from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector, from_bytes
@@ -106,7 +107,8 @@ def _train_round(
     for index, device in enumerate(watch_devices()[:NUM_DEVICES]):
         rng = np.random.default_rng([SEED, round_num, index])
         trained = train(
-            engine, manifest, base, device.train.inputs, {"head": device.train.labels},
+            engine, manifest, base,
+            ArrayData(device.train.inputs, {"head": device.train.labels}),
             Hyperparameters(LEARNING_RATE), rng,
         ).parameters  # fmt: skip
         deltas.append({block: trained[block] - base[block] for block in trained})

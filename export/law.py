@@ -20,7 +20,7 @@ from torch import nn
 from petalfl.engine import Forward, OrtEngine
 from petalfl.errors import ModelError
 from petalfl.model import Block, ModelManifest, Parameter, differentiated, read_artifact
-from petalfl.training import Masks, axis_lengths, draw_masks, predict_outputs, step_gradients
+from petalfl.steps import Masks, axis_lengths, draw_masks, predict_outputs, step_gradients
 from petalfl.vectors import Vector, from_bytes
 
 from .block import flatten

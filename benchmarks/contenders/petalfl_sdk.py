@@ -7,6 +7,7 @@ import onnxruntime  # noqa: F401  # the engine imports it when it first needs it
 
 from benchmarks.contenders.case import LEARNING_RATE, MOMENTUM, SEED, WEIGHT_DECAY, AfterStep, Case
 from petalfl.engine import Engine, OrtEngine
+from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Hyperparameters
 from petalfl.training import train as train_round
@@ -25,7 +26,7 @@ def train_with(engine: Engine, case: Case, after_step: AfterStep) -> None:
         b.name: from_bytes(read_artifact(case.artifacts, b.artifacts.parameters), b.size)
         for b in manifest.blocks
     }
-    inputs, labels = case.load()
+    data = ArrayData(*case.load())
     hyperparameters = Hyperparameters(
         LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, batch_size=case.batch_size, epochs=1000
     )
@@ -36,5 +37,5 @@ def train_with(engine: Engine, case: Case, after_step: AfterStep) -> None:
 
     while True:
         parameters = train_round(
-            engine, manifest, parameters, inputs, labels, hyperparameters, rng, on_batch=on_batch
+            engine, manifest, parameters, data, hyperparameters, rng, on_batch=on_batch
         ).parameters

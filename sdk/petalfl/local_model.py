@@ -16,7 +16,7 @@ from petalfl.engine import Engine, OrtEngine
 from petalfl.errors import DataError
 from petalfl.model import Block, ModelManifest
 from petalfl.runtime import EngineName
-from petalfl.training import predict_outputs
+from petalfl.steps import predict_outputs
 from petalfl.vectors import Vector
 
 

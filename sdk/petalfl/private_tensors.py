@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import numpy as np
-
 from petalfl.errors import ModelError
 from petalfl.model import Block, ModelManifest
 from petalfl.vectors import Vector
@@ -47,7 +45,7 @@ def withhold(block: Block, names: Collection[str], delta: Vector) -> Vector:
     kept = [place for name, place in tensors_of(block).items() if name in names]
     if not kept:
         return delta
-    shared = delta.copy()
+    shared: Vector = delta.copy()
     for place in kept:
         shared[place] = 0
     return shared
@@ -70,7 +68,7 @@ def put_back(block: Block, own: Mapping[str, Vector], vector: Vector) -> Vector:
     places = {name: place for name, place in tensors_of(block).items() if name in own}
     if not places:
         return vector
-    personal = np.array(vector)
+    personal: Vector = vector.copy()
     for name, place in places.items():
         if own[name].size != place.stop - place.start:
             raise ModelError(

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from petalfl.engine import Engine
 from petalfl.errors import ModelError
+from petalfl.local_data import ArrayData
 from petalfl.model import Block, Modality, ModelManifest, differentiated, read_artifact
 from petalfl.schema import Limit, plain, read
-from petalfl.training import Hyperparameters, predict_outputs, train
+from petalfl.steps import predict_outputs
+from petalfl.training import Hyperparameters, train
 from petalfl.vectors import from_bytes
 
 REFERENCE_NAME = "reference.json"
@@ -115,8 +117,7 @@ def take_steps(
         engine,
         manifest,
         parameters,
-        inputs,
-        labels,
+        ArrayData(inputs, labels),
         reference.hyperparameters,
         rng,
         on_batch=lambda done, total: times.append(time.perf_counter()),

@@ -23,11 +23,13 @@ from export import BlockModel, export_model, law
 from export.graph import BATCH_SIZE, build_graphs
 from export.models.har import watch
 from export.program import Value
-from petalfl import training
+from petalfl import steps
 from petalfl.engine import Arrays, Forward, Gradients, OrtEngine
 from petalfl.errors import ModelError
+from petalfl.local_data import ArrayData
 from petalfl.model import Block, ModelManifest, differentiated
-from petalfl.training import Hyperparameters, predict_outputs, step_gradients, train
+from petalfl.steps import predict_outputs, step_gradients
+from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector
 from tests.export.tiny import (
     TOLERANCE,
@@ -183,8 +185,8 @@ def compare_training(
     data = draw(model, manifest, modalities, num_examples, seed=1)
     recorder = Recorder(folder)
     result = train(
-        recorder, manifest, vectors_of(model), data.inputs, data.labels, hyperparameters,
-        np.random.default_rng(0), shared=shared,
+        recorder, manifest, vectors_of(model), ArrayData(data.inputs, data.labels),
+        hyperparameters, np.random.default_rng(0), shared=shared,
     )  # fmt: skip
     optimizer = make_optimizer([p for b in model.blocks() for p in b.module.parameters()
                                 if b.name in result.parameters])  # fmt: skip
@@ -253,9 +255,9 @@ def test_accumulated_parts_are_the_whole_batch(
     data = draw(model, manifest, SUBSETS[0], 22, seed=4)
     whole, parts = (
         train(
-            OrtEngine(watch_artifacts), manifest, vectors_of(model), data.inputs,
-            data.labels, Hyperparameters(0.1, batch_size=11, accumulation=number),
-            np.random.default_rng(5),
+            OrtEngine(watch_artifacts), manifest, vectors_of(model),
+            ArrayData(data.inputs, data.labels),
+            Hyperparameters(0.1, batch_size=11, accumulation=number), np.random.default_rng(5),
         )
         for number in (1, 4)
     )  # fmt: skip
@@ -1003,9 +1005,7 @@ def wrong_evaluation(block: str) -> Corrupt:
 def wrong_with(modalities: set[str], block: str) -> Corrupt:
     """Of one subset of modalities alone."""
 
-    def step(
-        engine: Any, manifest: Any, parameters: Any, inputs: Arrays, *rest: Any
-    ) -> training.Step:
+    def step(engine: Any, manifest: Any, parameters: Any, inputs: Arrays, *rest: Any) -> steps.Step:
         result = step_gradients(engine, manifest, parameters, inputs, *rest)
         if set(inputs) == modalities:
             result.gradients[block] *= WRONG
@@ -1124,9 +1124,7 @@ def test_all_modalities_and_each_alone_are_tried(
 ) -> None:
     tried = []
 
-    def step(
-        engine: Any, manifest: Any, parameters: Any, inputs: Arrays, *rest: Any
-    ) -> training.Step:
+    def step(engine: Any, manifest: Any, parameters: Any, inputs: Arrays, *rest: Any) -> steps.Step:
         tried.append((tuple(inputs), len(next(iter(inputs.values())))))
         return step_gradients(engine, manifest, parameters, inputs, *rest)
 

@@ -24,8 +24,8 @@ from petalfl.engine import OrtEngine
 from petalfl.errors import EnrollError, ModelError, PetalError, StoreError, TransportError
 from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
+from petalfl.steps import predict_outputs
 from petalfl.store import DeviceStore, Identity, State
-from petalfl.training import predict_outputs
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from server.state import Closing, NewVersion, ServerState
 from tests.export.tiny import small

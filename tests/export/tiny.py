@@ -18,10 +18,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from export import BlockModel
 from export.models.har import AttentionFusion, MlpHead
-from petalfl import training
+from petalfl import steps
 from petalfl.engine import OrtEngine
 from petalfl.model import ModelManifest
-from petalfl.training import predict_outputs, step_gradients
+from petalfl.steps import predict_outputs, step_gradients
 from petalfl.vectors import Vector
 from tests.export.layer_law import Masked
 
@@ -244,7 +244,7 @@ def largest_error(found: NDArray[Any], expected: NDArray[Any], at_least: float =
     return error / scale if error else 0.0
 
 
-def step_errors(found: training.Step, expected: Step) -> dict[str, float]:
+def step_errors(found: steps.Step, expected: Step) -> dict[str, float]:
     """By what is compared.
 
     A gradient's error is relative to 1e-3 of its block's largest, if its own entries are smaller:

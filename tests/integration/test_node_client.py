@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from petalfl.data import check_inputs, check_labels
 from petalfl.engine import OrtEngine
+from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest
 from petalfl.schema import plain
 from petalfl.store import Outgoing
@@ -137,7 +138,7 @@ def assert_same_round(
     truths = check_labels(manifest, labels, len(next(iter(arrays.values()))))
     engine = OrtEngine(artifacts)
     expected = train(
-        engine, manifest, before, arrays, truths, hyperparameters, draws, shared=shared
+        engine, manifest, before, ArrayData(arrays, truths), hyperparameters, draws, shared=shared
     )
     assert (draws.orders, draws.masks) == ([], [])
     assert made.loss == pytest.approx(expected.loss, rel=1e-5)

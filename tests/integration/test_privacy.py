@@ -124,7 +124,7 @@ def spy_on(patch: pytest.MonkeyPatch, record: Record) -> None:
 
     def spy_train(*arguments: Any, **more: Any) -> TrainingResult:
         result = train(*arguments, **more)
-        modalities = "+".join(sorted(arguments[3]))
+        modalities = "+".join(sorted(arguments[3].modalities))
         device = {"acc": "acc-only", "gyro": "gyro-only", "acc+gyro": "both"}[modalities]
         record.trained.append((device, dict(arguments[2]), result.parameters))
         return result

@@ -16,6 +16,7 @@ from export import export_model
 from petalfl import EdgeClient, WireError, wire
 from petalfl.downlink import Downlink
 from petalfl.engine import OrtEngine
+from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.store import DeviceStore
 from petalfl.trainer import _number
@@ -138,8 +139,8 @@ def test_the_new_versions_are_the_mean_of_what_was_trained(
         rng = np.random.default_rng([7, 1, _number(member.name)])
         shared = [name for name in federation.initial if name != FROZEN]
         results[member.name] = train(
-            engine, federation.manifest, federation.initial, member.inputs, member.labels,
-            HYPERPARAMETERS, rng, shared=shared,
+            engine, federation.manifest, federation.initial,
+            ArrayData(member.inputs, member.labels), HYPERPARAMETERS, rng, shared=shared,
         )  # fmt: skip
     for block in federation.manifest.blocks:
         if block.is_frozen:

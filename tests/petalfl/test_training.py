@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 
 from petalfl.engine import Arrays, Forward, Gradients
 from petalfl.errors import DataError, ModelError
+from petalfl.local_data import ArrayData
 from petalfl.model import Block, Dropout, ModelManifest, Tensor
-from petalfl.training import (
-    Hyperparameters,
-    Step,
-    TrainingResult,
-    draw_masks,
-    predict_outputs,
-    step_gradients,
-    train,
-)
+from petalfl.steps import Step, draw_masks, predict_outputs, step_gradients
+from petalfl.training import Hyperparameters, TrainingResult, train
 from petalfl.vectors import Vector
 from tests.petalfl.builders import (
     NumpyEngine,
@@ -76,8 +70,7 @@ def run(
         engine or NumpyEngine(),
         manifest,
         draw_vectors(manifest),
-        {name: inputs[name] for name in modalities or inputs},
-        {task: labels[task] for task in tasks or labels},
+        ArrayData(inputs, labels).only(modalities or tuple(inputs), tasks or tuple(labels)),
         hyperparameters,
         np.random.default_rng(seed),
         **more,
@@ -490,8 +483,8 @@ def test_training_lowers_the_loss_and_keeps_the_start() -> None:
     before = {name: vector.copy() for name, vector in start.items()}
     hyperparameters = replace(PLAIN, learning_rate=0.02, batch_size=16, epochs=20)
     results = [
-        train(NumpyEngine(), FUSIONLESS, start, inputs, labels, replace(hyperparameters, epochs=n),
-              np.random.default_rng(0)).loss
+        train(NumpyEngine(), FUSIONLESS, start, ArrayData(inputs, labels),
+              replace(hyperparameters, epochs=n), np.random.default_rng(0)).loss
         for n in (1, 20)
     ]  # fmt: skip
     assert results[1] < results[0]
@@ -505,7 +498,9 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order() -> None:
     labels["q"] = np.arange(10) % 3
     engine = NumpyEngine()
     still = replace(PLAIN, learning_rate=0.0, epochs=2)
-    train(engine, RICH, draw_vectors(RICH), inputs, labels, still, np.random.default_rng(0))
+    train(
+        engine, RICH, draw_vectors(RICH), ArrayData(inputs, labels), still, np.random.default_rng(0)
+    )
     batches = [fed["b"] for fed in engine.fed("forward", "encoder-b")]
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
     seen = [int(x) for batch in batches for x in batch[:, 0]]

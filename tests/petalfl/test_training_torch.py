@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from petalfl.engine import OrtEngine
+from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import from_bytes
@@ -120,7 +121,7 @@ def test_a_round_is_pytorch_s(
     parts = (set(prefixes) - shared, shared)
     phases = [tuple(prefixes[name] for name in sorted(part)) for part in parts if part]
     found = train(
-        OrtEngine(several_artifacts), manifest, vectors, *draw(modalities),
+        OrtEngine(several_artifacts), manifest, vectors, ArrayData(*draw(modalities)),
         Hyperparameters(**{**PLAIN, **changes, "method": method}), np.random.default_rng(0),
         shared=shared,
     )  # fmt: skip
