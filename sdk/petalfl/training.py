@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from petalfl.control_variates import Corrections
 from petalfl.engine import Engine
 from petalfl.errors import DataError
 from petalfl.local_data import LocalData
@@ -71,12 +73,14 @@ class TrainingResult(NamedTuple):
             by the shared blocks. 0: there is nothing to send.
         losses: Of each step, in order.
         is_complete: Whether training went on to its end.
+        mean_gradients: By block with a correction: of its steps, ``(block.num_trainable,)``.
     """
 
     parameters: dict[str, Vector]
     num_examples: int
     losses: tuple[float, ...]
     is_complete: bool = True
+    mean_gradients: Mapping[str, Vector] = MappingProxyType({})
 
     @property
     def num_steps(self) -> int:
@@ -104,6 +108,7 @@ def train(
     rng: np.random.Generator,
     *,
     shared: Collection[str] = (),
+    corrections: Mapping[str, Vector] = MappingProxyType({}),
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     should_train: Callable[[], bool] = lambda: True,
     max_seconds: float | None = None,
@@ -120,6 +125,8 @@ def train(
         rng: Orders the examples and draws the dropout masks: same generator, same result.
         shared: The blocks that others train as well: ``proximal_mu`` acts on them, and
             ``fedalt`` trains them after the others.
+        corrections: By block: added to every gradient after clipping, as SCAFFOLD does; see
+            `petalfl.control_variates`.
         on_batch: Told the batches done and their total, of all phases.
         should_train: Asked before every batch; False stops.
         max_seconds: By ``clock``, from the call on: no batch begins later; None: no limit.
@@ -147,6 +154,7 @@ def train(
     optimizer = _optimizer(engine, manifest, hyperparameters)
     current = {block.name: parameters[block.name] for block in held}
     states = {b.name: optimizer.init(current[b.name][: b.num_trainable]) for b in held}
+    controls = Corrections(corrections)
     losses: list[float] = []
     for done, (trained, batch) in enumerate(steps):
         if not should_train() or (max_seconds is not None and clock() - start_s >= max_seconds):
@@ -157,7 +165,7 @@ def train(
         step = step_in_parts(engine, manifest, current, inputs, labels, masks, trained, num_parts)
         if not np.isfinite(step.loss):
             raise _diverged(f" at batch {done + 1}: the loss is {step.loss}", hyperparameters)
-        _descend(current, states, optimizer, step.gradients, hyperparameters, shared)
+        _descend(current, states, optimizer, step.gradients, hyperparameters, shared, controls)
         replace_statistics(current, step.statistics)
         losses.append(step.loss)
         on_batch(done + 1, len(steps))
@@ -166,7 +174,9 @@ def train(
     is_complete = len(losses) == len(steps)
     if not is_complete:
         num_examples = _num_seen(steps[: len(losses)], steps[-1][0])
-    return TrainingResult(current, num_examples, tuple(losses), is_complete)
+    return TrainingResult(
+        current, num_examples, tuple(losses), is_complete, controls.mean_gradients
+    )
 
 
 def _phases(held: tuple[Block, ...], shared: Collection[str], method: str) -> list[frozenset[str]]:
@@ -218,10 +228,14 @@ def _descend(
     gradients: Mapping[str, Vector],
     hyperparameters: Hyperparameters,
     shared: Collection[str],
+    controls: Corrections,
 ) -> None:
     """One optimizer step of every block with a gradient; replaces its vector and its state."""
-    scale = _clipping_scale(gradients, hyperparameters.max_grad_norm)
+    clipping = _clipping_scale(gradients, hyperparameters.max_grad_norm)
     for name, gradient in gradients.items():
+        scale = clipping
+        if name in controls:  # no input of the optimizers' graphs
+            scale, gradient = 1.0, controls.apply(name, gradient * np.float32(clipping))
         mu = hyperparameters.proximal_mu if name in shared else 0.0
         scalars = Scalars(hyperparameters.learning_rate, scale, mu)
         vector, end = current[name], gradient.size

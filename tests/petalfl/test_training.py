@@ -430,6 +430,65 @@ def test_the_proximal_term_pulls_shared_blocks_to_the_start_of_the_round() -> No
         assert distances[1] < distances[0]
 
 
+def corrections(*blocks: str) -> dict[str, Vector]:
+    rng = np.random.default_rng(3)
+    sizes = {name: RICH.block(name).num_trainable for name in blocks}
+    return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+
+
+def test_a_correction_is_added_behind_clipping() -> None:
+    gradients = first_step().gradients
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    given = corrections("fusion", "head-q")
+    hyperparameters = replace(PLAIN, max_grad_norm=norm / 4)
+    found = run(hyperparameters, length=4, corrections=given)
+    plain = run(hyperparameters, length=4)
+    for name, vector in plain.parameters.items():
+        end = RICH.block(name).num_trainable
+        moved = vector.copy()
+        moved[:end] -= np.float32(0.1) * given.get(name, np.float32(0))
+        np.testing.assert_allclose(found.parameters[name], moved, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.parameters[name][end:], vector[end:])
+    assert found.mean_gradients.keys() == given.keys()
+    for name, mean in found.mean_gradients.items():
+        np.testing.assert_allclose(mean, gradients[name] / 4, rtol=1e-4, atol=1e-7)
+    assert not plain.mean_gradients
+
+
+@pytest.mark.parametrize("method", ["fedsim", "fedalt"])
+@pytest.mark.parametrize("max_steps", [0, 4])
+def test_the_mean_gradient_is_scaffold_s_second_option(method: Any, max_steps: int) -> None:
+    """c_i⁺ = c_i − c + (x − y) / (K η), of the steps that the block was trained in."""
+    hyperparameters = replace(
+        PLAIN, learning_rate=0.01, epochs=2, max_steps=max_steps, method=method
+    )
+    shared = ("fusion", "head-p", "head-q")
+    given = corrections(*shared)
+    found = run(hyperparameters, shared=shared, corrections=given)
+    start, num_steps = draw_vectors(RICH), max_steps or 6
+    for name, correction in given.items():
+        end = correction.size
+        x, y = start[name][:end].astype(np.float64), found.parameters[name][:end]
+        expected = -correction + (x - y) / (num_steps * 0.01)
+        np.testing.assert_allclose(found.mean_gradients[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_mean_gradient_of_a_round_that_is_stopped() -> None:
+    """Of the steps that were taken."""
+    given, calls = corrections("fusion"), iter([True, True, False])
+    stopped = run(replace(PLAIN, epochs=2), corrections=given, should_train=lambda: next(calls))
+    short = run(replace(PLAIN, epochs=2, max_steps=2), corrections=given)
+    np.testing.assert_array_equal(stopped.mean_gradients["fusion"], short.mean_gradients["fusion"])
+    none = run(PLAIN, corrections=given, should_train=lambda: False)
+    assert not none.mean_gradients
+
+
+def test_a_correction_of_zeros_changes_nothing() -> None:
+    zeros = {name: np.zeros_like(vector) for name, vector in corrections("fusion").items()}
+    momentum = replace(PLAIN, momentum=0.9, epochs=2, max_grad_norm=0.5)
+    assert_same(run(momentum, corrections=zeros), run(momentum))
+
+
 @pytest.mark.parametrize(("length", "accumulation"), [(8, 2), (8, 4), (7, 3), (5, 16)])
 @pytest.mark.parametrize("model", MANIFESTS)
 def test_accumulated_gradients_are_the_whole_batch_s(
