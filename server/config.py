@@ -49,6 +49,7 @@ class Config:
         codec: What devices encode their updates with, as `parse_codec` reads it.
         aggregator: As `parse_aggregator` reads it; the other rules likewise.
         max_update_norm: A longer update of a block is scaled down to it; 0: never.
+        has_scaffold: Blocks travel with control variates.
     """
 
     artifacts: Path
@@ -76,6 +77,7 @@ class Config:
     server_optimizer: str = "sgd"
     weighting: str = "examples"
     max_update_norm: float = 0.0
+    has_scaffold: bool = False
 
     @property
     def is_async(self) -> bool:
@@ -113,6 +115,7 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         schedule=value["schedule"] or ("cosine" if value["rounds"] else "constant"),
         seed=value["seed"],
         server_optimizer=_server_optimizer(settings),
+        has_scaffold=value["scaffold"],
         **{key: value[key] for key in _AS_THEY_ARE},
     )
     _check(config, settings, manifest)
@@ -139,6 +142,8 @@ def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
             f"{_label('selection', settings)}: there is none in mode async, where every ready "
             "device has a task"
         )
+    if config.has_scaffold:
+        _check_scaffold(config, settings)
     codec = parse_codec(config.codec)
     smallest = min((max_payload_bytes(codec, block) for block in shared), default=0)
     if 0 < config.max_upload_bytes < smallest:
@@ -146,6 +151,25 @@ def _check(config: Config, settings: Settings, manifest: ModelManifest) -> None:
             f"{_label('max_upload_bytes', settings)}: found {config.max_upload_bytes}, the "
             f"smallest shared block has {smallest}"
         )
+
+
+def _check_scaffold(config: Config, settings: Settings) -> None:
+    """Control variates are sums over all devices, which must hold what these have sent."""
+    for key, is_wrong, reason in (
+        (
+            "mode",
+            config.is_async,
+            "updates of other versions than the newest have no place in them",
+        ),
+        ("aggregator", config.aggregator != "weighted-mean", "a sum has no defense"),
+        ("max_update_norm", config.max_update_norm > 0, "a sum has no defense"),
+        ("quorum", config.quorum != PerBlock(1), "what is dropped would be missing in the sum"),
+    ):
+        if is_wrong:
+            raise ConfigError(
+                f"{_label('scaffold', settings)}: not with {_label(key, settings)} "
+                f"{settings[key].value}: {reason}"
+            )
 
 
 def _server_optimizer(settings: Settings) -> str:

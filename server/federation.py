@@ -13,15 +13,18 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from petalfl import wire
+from petalfl.control_variates import with_sums
 from petalfl.errors import ModelError
 from petalfl.model import ModelManifest
 
 from .aggregators import parse_aggregator
 from .buffers import BlockResult
 from .config import Config
+from .control_variates import summed
 from .optimizers import parse_optimizer
 from .resume import check_owner, round_from_journal
 from .roster import Roster
@@ -57,6 +60,7 @@ class Federation:
     Attributes:
         roster: The devices that are ready.
         refused: Updates and reports that did not count, by `Refusal.kind`.
+        served: The model as its blocks travel: with control variates, if there are any.
 
     Raises:
         ConfigError: The data folder belongs to another model, sharing scheme or mode.
@@ -81,9 +85,10 @@ class Federation:
         self._stepping: asyncio.Task[None] | None = None
         self._tally = Tally()
         self._traffic = Traffic()
+        self.served = with_sums(manifest) if config.has_scaffold else manifest
         check_owner(state, config, manifest)
         self.shared = SharedBlocks(
-            state, manifest, config.artifacts, config.private_blocks, config.private_tensors
+            state, self.served, config.artifacts, config.private_blocks, config.private_tensors
         )
         self.roster = Roster(self.shared.blocks, state.candidates())
         self._use(config)
@@ -410,7 +415,7 @@ class Federation:
     def _finish(self) -> None:
         self.finished.set()
         for device, held in self.roster.ready.items():
-            self._send(device, wire.Finish(self.shared.pointers_of(held)))
+            self._send(device, self._last_word(held))
 
     def _is_over(self) -> bool:
         return 0 < self.config.num_rounds <= self._state.last_closed_round()
@@ -425,7 +430,7 @@ class Federation:
     def _answer_ready(self, device: str) -> None:
         held = self.roster.ready[device]
         if self.finished.is_set():
-            self._send(device, wire.Finish(self.shared.pointers_of(held)))
+            self._send(device, self._last_word(held))
         elif self.round is not None and self._is_asked(device):
             asked = self.round.cohort[device].blocks
             if asked and not asked & held:  # it came back without any of them
@@ -448,7 +453,21 @@ class Federation:
         assignment, held = self.round.cohort[device], self.roster.ready[device]
         assignment = assignment._replace(blocks=assignment.blocks & held)
         codec = self.roster.codec(device, self.config)
-        return make_task(assignment, held, self.shared, self.config, self.round_num, codec)
+        task = make_task(assignment, held, self.shared, self.config, self.round_num, codec)
+        return replace(task, num_holders=self._num_holders(held))
+
+    def _last_word(self, held: Collection[str]) -> wire.Finish:
+        return wire.Finish(self.shared.pointers_of(held), self._num_holders(held))
+
+    def _num_holders(self, held: Collection[str]) -> dict[str, int] | None:
+        """By block with control variates: the devices that hold it, enrolled as they are."""
+        if not self.config.has_scaffold:
+            return None
+        found = dict.fromkeys(sorted(held), 0)
+        for modalities, num_devices in self._state.num_devices().items():
+            for block in self.shared.held_with(modalities) & found.keys():
+                found[block] += num_devices
+        return found
 
     def _send(self, device: str, message: wire.Task | wire.Finish) -> None:
         assert self._sender is not None
@@ -458,7 +477,8 @@ class Federation:
 
     def _use(self, config: Config) -> None:
         self.config = self._next_config = config
-        self._aggregator = parse_aggregator(config.aggregator)
+        aggregator = parse_aggregator(config.aggregator)
+        self._aggregator = summed(aggregator) if config.has_scaffold else aggregator
         self._optimizer = parse_optimizer(config.server_optimizer)
         if not self._is_over():  # more rounds were asked for
             self.finished.clear()

@@ -304,6 +304,9 @@ OPTIONS: tuple[Option, ...] = (
            "fedsim: private and shared blocks train together; fedalt: first the private ones, then "
            "the shared ones, each for as many epochs", TRAINING, "{fedsim,fedalt}",
            is_reloadable=True),
+    Option("scaffold", _switch, False,
+           "SCAFFOLD: control variates correct the drift of devices whose data differ, for twice "
+           "the bytes; of mode sync. With --momentum 0 it is the paper's", TRAINING),
     Option("batch-size", _whole, 16, "examples per step", TRAINING, "N", is_reloadable=True),
     Option("accumulation", _whole, 1,
            "compute each batch in N parts, one after another, to save memory", TRAINING, "N",

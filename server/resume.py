@@ -19,7 +19,7 @@ def check_owner(state: ServerState, config: Config, manifest: ModelManifest) -> 
     for key, value in (
         ("model layout", manifest.layout_sha256),
         ("private blocks", ",".join(sorted((*config.private_blocks, *config.private_tensors)))),
-        ("mode", config.mode),
+        ("mode", config.mode + " with control variates" * config.has_scaffold),
     ):
         stored = state.setting(key, value)
         if stored != value:

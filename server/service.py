@@ -98,10 +98,10 @@ async def serve(
         await transport.connect()
         stack.push_async_callback(transport.close)
         apps = []
-        for name, model in models.items():
+        for name in names:
             federation, state = federations[name], states[name]
             cut_off = functools.partial(_cut_off, broker)
-            gateway = Gateway(transport, name, model.manifest, federation, cut_off=cut_off)
+            gateway = Gateway(transport, name, federation.served, federation, cut_off=cut_off)
             await gateway.open()
             gateways.append(gateway)
             stack.push_async_callback(gateway.close)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from petalfl.control_variates import without_sum
 from petalfl.model import Block, ModelManifest, read_artifact
 from petalfl.private_tensors import private_values, put_back, withhold
 from petalfl.vectors import Vector, from_bytes, to_bytes
@@ -63,7 +64,10 @@ class SharedBlocks:
         self._state = state
         for name, block in self.blocks.items():
             initial = read_artifact(artifacts, block.artifacts.parameters)
-            state.add_initial_version(block, from_bytes(initial, block.size))
+            start = np.zeros(block.size, np.float32)
+            own_size = without_sum(block).size
+            start[:own_size] = from_bytes(initial, own_size)
+            state.add_initial_version(block, start)
             version = state.newest_versions()[name]
             self._install(name, version, state.read_version(block, version)[0])
 

@@ -151,6 +151,11 @@ class ServerState:
         row = self._db.execute(query, (name,)).fetchone()
         return None if row is None else list(json.loads(row[0]))
 
+    def num_devices(self) -> dict[tuple[str, ...], int]:
+        """By the modalities that devices have enrolled with: how many have."""
+        query = "SELECT modalities, COUNT(*) FROM devices GROUP BY modalities"
+        return {tuple(json.loads(row[0])): row[1] for row in self._db.execute(query)}
+
     def devices(self) -> dict[str, list[str]]:
         """Modalities by enrolled device."""
         rows = self._db.execute("SELECT name, modalities FROM devices ORDER BY name")

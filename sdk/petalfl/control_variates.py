@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from petalfl.model import Block, Parameter
+from petalfl.model import Block, ModelManifest, Parameter
 from petalfl.vectors import Vector
 
-SUM_NAME = "control-variates"  # no tensor of PyTorch's is called so
+SUM_NAME = "optimizer.control-variates"  # on the server's disk it lies among its optimizer's state
 
 
 def with_sum(block: Block) -> Block:
@@ -34,9 +34,18 @@ def with_sum(block: Block) -> Block:
     return replace(block, size=size, statistics=(*block.statistics, tail))
 
 
-def has_sum(block: Block) -> bool:
-    """Whether the block is one of `with_sum`."""
-    return bool(block.statistics) and block.statistics[-1].name == SUM_NAME
+def without_sum(block: Block) -> Block:
+    """The inverse of `with_sum`; a block without C as it is."""
+    if not block.statistics or block.statistics[-1].name != SUM_NAME:
+        return block
+    size = block.size - block.num_trainable
+    return replace(block, size=size, statistics=block.statistics[:-1])
+
+
+def with_sums(manifest: ModelManifest) -> ModelManifest:
+    """The model as it travels: `with_sum` of every block that trains."""
+    blocks = (block if block.is_frozen else with_sum(block) for block in manifest.blocks)
+    return replace(manifest, blocks=tuple(blocks))
 
 
 class Corrections:

@@ -34,6 +34,7 @@ Count = Annotated[int, Limit(0, MAX_COUNT)]
 Positive = Annotated[int, Limit(1, MAX_COUNT)]
 UpdateId = Annotated[bytes, Limit(16, 16)]
 CodecName = Annotated[str, Pattern(CODEC_REGEX)]
+Holders = Annotated[dict[Name, Positive], Limit(0, MAX_TASK_BLOCKS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,8 @@ class Task:
         seed: Orders the examples and draws the dropout masks.
         uploads: Those of ``blocks`` whose delta is to be sent; None: of all of them.
         codec: What to encode them with, where it can; None: f32, which always may be used.
+        num_holders: By block of ``blocks``, where there are control variates: the N of
+            `petalfl.control_variates`.
     """
 
     round_num: Positive
@@ -141,6 +144,7 @@ class Task:
     blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
     uploads: Annotated[tuple[Name, ...], Limit(0, MAX_TASK_BLOCKS)] | None = None
     codec: CodecName | None = None
+    num_holders: Holders | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,7 @@ class Finish:
     """The last round is over; ``blocks`` are the final versions for this device."""
 
     blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
+    num_holders: Holders | None = None
 
 
 Message: TypeAlias = (
