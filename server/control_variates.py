@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from petalfl.codecs.encoded import plain
 from petalfl.control_variates import without_sum
 from petalfl.model import Block
+from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
 
 from .aggregators import Aggregator
@@ -34,10 +37,11 @@ def summed(rule: Aggregator[Any]) -> Aggregator[Summed]:
     def init(block: Block) -> Summed:
         return Summed(rule.init(without_sum(block)), np.zeros(block.num_trainable, np.float64))
 
-    def accumulate(state: Summed, delta: Vector, weight: float) -> Summed:
-        own, change = np.split(delta, [delta.size - state.total.size])
-        total = state.total
-        total += change
+    def accumulate(state: Summed, delta: EncodedDelta, weight: float) -> Summed:
+        tail, total = delta.statistics.values, state.total
+        end = tail.size - total.size
+        total += tail[end:]
+        own = replace(delta, statistics=plain(tail[:end]))
         return Summed(rule.accumulate(state.inner, own, weight), total)
 
     def finalize(state: Summed) -> Vector | None:

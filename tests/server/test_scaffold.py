@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalfl import wire
+from petalfl.codecs import parse_codec
 from petalfl.control_variates import with_sum
 from petalfl.model import Block
-from petalfl.vectors import Vector, from_bytes
+from petalfl.payloads import EncodedDelta, parse_payload, plain_delta
+from petalfl.vectors import Vector, from_bytes, to_bytes
 from server.aggregators import weighted_mean
 from server.config import ConfigError
 from server.control_variates import summed
 from server.federation import Federation
 from tests.server.builders import (
+    BLOCKS,
     INITIAL,
     SIZES,
     Door,
@@ -43,10 +46,15 @@ def draw(device: str, size: int, round_num: int = 1) -> Vector:
 
 def update_of(device: str, block: str, num_examples: int, round_num: int = 1) -> wire.BlockUpdate:
     """Both changes drawn: of the block and of its control variate."""
-    delta = draw(device, 2 * SIZES[block], round_num)
+    delta = encoded(with_sum(BLOCKS[block]), draw(device, 2 * SIZES[block], round_num))
     return wire.BlockUpdate(
         make_id(device, block, round_num), device, block, round_num, round_num, num_examples, delta
     )
+
+
+def encoded(block: Block, delta: Vector) -> EncodedDelta:
+    """As it comes over the wire."""
+    return parse_payload(parse_codec("f32"), block, to_bytes(delta))
 
 
 def body_of(run: Run, block: str) -> tuple[Vector, Vector]:
@@ -67,7 +75,7 @@ def test_the_block_is_averaged_and_the_changes_are_added_up(drawn: list[tuple[in
     state = rule.init(block)
     deltas = [np.random.default_rng(seed).standard_normal(11, np.float32) for seed, _ in drawn]
     for delta, (_, weight) in zip(deltas, drawn, strict=True):
-        state = rule.accumulate(state, delta, weight)
+        state = rule.accumulate(state, encoded(block, delta), weight)
     found = rule.finalize(state)
     own = np.average([d[:7] for d in deltas], axis=0, weights=[w for _, w in drawn])
     np.testing.assert_allclose(found[:7], own, rtol=1e-5, atol=1e-6)
@@ -139,7 +147,9 @@ async def test_a_round_over_the_broker(tmp_path: Path) -> None:
         [task] = door.received
         assert isinstance(task, wire.Task)
         update = update_of("watch", "head", 4)
-        await door.send("head", *messages_of(replace(update, delta=update.delta[:8])))
+        await door.send(
+            "head", *messages_of(replace(update, encoded=plain_delta(update.delta[:8])))
+        )
         assert door.gateway.refused["malformed"] >= 1
         other = replace(update, update_id=make_id("again"))
         await door.send("head", *messages_of(other))
