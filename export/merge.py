@@ -48,7 +48,7 @@ def merge(
         weights: A server's data folder, or the URL of a running server.
         token: Its join token, with a URL.
         federation: Its name on that server.
-        private: A device's store, for its private blocks. No client may have it open.
+        private: A device's store, for its private blocks and tensors. No client may have it open.
         modalities: Those that the ONNX graph takes; None means all.
         progress: Told the blocks downloaded and their total.
 
@@ -74,7 +74,7 @@ def merge(
     elif weights is not None:
         merged |= folder_weights(Path(weights), manifest)
     if private is not None:
-        merged |= store_weights(Path(private), manifest)
+        merged |= store_weights(Path(private), manifest, merged)
     vectors = {name: value.vector for name, value in merged.items()}
     if to.suffix == ".onnx":
         data = compose(artifacts, manifest, vectors, wanted).SerializeToString(deterministic=True)

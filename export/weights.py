@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from petalfl.model import (
     ModelManifest,
     read_artifact,
 )
+from petalfl.private_tensors import check_tensors, put_back
 from petalfl.store import DeviceStore
 from petalfl.vectors import Vector, from_bytes
 
@@ -118,11 +119,16 @@ def server_weights(
     return weights
 
 
-def store_weights(folder: Path, manifest: ModelManifest) -> dict[str, Weights]:
-    """The private blocks in a device's store.
+def store_weights(
+    folder: Path, manifest: ModelManifest, shared: Mapping[str, Weights]
+) -> dict[str, Weights]:
+    """What a device's store has of its own: private blocks, and blocks with private tensors.
+
+    Args:
+        shared: By block, what lies around private tensors.
 
     Raises:
-        StoreError: There is no store, it is open or damaged, or it has no private blocks.
+        StoreError: There is no store, it is open or damaged, or it has nothing private.
         ModelError: They are of another model.
     """
     if not (folder / "identity.json").is_file():
@@ -136,17 +142,24 @@ def store_weights(folder: Path, manifest: ModelManifest) -> dict[str, Weights]:
     if data is not None:
         _check_same(f"the device store {folder}", ModelManifest.from_json(data), manifest)
     blocks = {block.name: block for block in manifest.blocks if not block.is_frozen}
-    if not state.private:
+    if not state.private and not state.private_tensors:
         raise StoreError(
             f"{folder} holds no private blocks: the device shares all, or has not trained yet"
         )
+    check_tensors(manifest, state.private_tensors)
     if foreign := sorted(state.private.keys() - blocks.keys()):
         raise StoreError(f"{folder} holds {foreign[0]}, which is no block of {manifest.name!r}")
     origin = f"device {identity.device}" if identity else "device"
-    return {
+    weights = {
         name: Weights(_vector(blocks[name], vector), origin)
         for name, vector in state.private.items()
     }
+    own = {name: from_bytes(data, len(data) // 4) for name, data in state.private_tensors.items()}
+    for name in {tensor.partition("/")[0] for tensor in own}:
+        around = shared[name]
+        vector = put_back(blocks[name], own, around.vector)
+        weights[name] = Weights(vector, f"{around.origin}, private tensors of {origin}")
+    return weights
 
 
 def _check_same(where: str, theirs: ModelManifest, ours: ModelManifest) -> None:

@@ -65,7 +65,9 @@ async function main() {
   const examples = JSON.parse(read(options.data) ?? "{}");
   if (!examples.inputs || !examples.labels) throw new Error(`no examples in ${options.data}`);
   const modalities = Object.keys(examples.inputs);
-  const { device, password, private_blocks: privateBlocks } = await identify(modalities);
+  const identity = await identify(modalities);
+  const { device, password, private_blocks: privateBlocks } = identity;
+  if (identity.private_tensors) throw new Error("this client cannot keep tensors private");
   const login = `Basic ${btoa(`${device}:${password}`)}`;
   const manifest = parseManifest(await request("manifest", login));
   const { inputs, labels } = toTensors(manifest, examples);
@@ -181,6 +183,7 @@ async function main() {
     for (;;) {
       while (!inbox.length) await once(mqtt, "arrival");
       const task = inbox.splice(0).pop(); // the last one: what came before no longer matters
+      if (task.num_holders) throw new Error("this client has no control variates");
       const own = held.filter(isShared).map((block) => block.name);
       const asked = [...Object.keys(task.blocks), ...(task.uploads ?? [])];
       const foreign = asked.filter((name) => !own.includes(name));

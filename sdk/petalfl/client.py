@@ -42,8 +42,10 @@ class EdgeClient:
         data: By modality: float32, or integers of an int64 modality, ``(n, *shape)``. Which
             modalities are here decides which blocks the device holds. Or an `ExampleStore` that
             grows, of which every round trains on what has labels then; it stays the app's to close.
+            Or any sequence of ``(inputs by modality, labels)``, one example each, which is read
+            batch by batch and so may be larger than memory: `petalfl.local_data.SequenceData`.
         labels: As in `petalfl.data.check_labels`: an array, or arrays by task. A head whose task
-            has no labels here is neither held nor trained. An `ExampleStore` has its own.
+            has no labels here is neither held nor trained. Stores and sequences have their own.
         store: A folder of this client's own; keeps credential, private blocks and outbox.
         device: A name of 1 to 64 lower-case letters, digits and dashes; the default is random.
         federation: Its name on the server.

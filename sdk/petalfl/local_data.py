@@ -16,6 +16,10 @@ from petalfl.model import ModelManifest
 Example: TypeAlias = tuple[Mapping[str, ArrayLike], Labels]  # inputs by modality, without a batch
 
 
+class ExampleError(DataError):
+    """An example of a sequence that cannot be read, or does not fit the model."""
+
+
 class Batch(NamedTuple):
     """Checked: inputs by modality and labels by task, all of one length."""
 
@@ -44,7 +48,7 @@ class LocalData(Protocol):
         """Some of the examples.
 
         Raises:
-            DataError: One cannot be read, or is not as the model has it.
+            ExampleError: One cannot be read, or is not as the model has it.
         """
         ...
 
@@ -159,7 +163,7 @@ class SequenceData:
                 try:
                     self._batch([example])
                 except DataError as error:
-                    raise DataError(f"number {index} of the sequence, alone: {error}") from error
+                    raise ExampleError(f"number {index} of the sequence, alone: {error}") from error
             raise
 
     def only(self, modalities: Collection[str], tasks: Collection[str]) -> SequenceData:
@@ -173,19 +177,11 @@ class SequenceData:
 
     def _read(self, index: int) -> tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]]:
         """An example's inputs by modality and labels by task."""
-        try:
-            inputs, labels = self._examples[index]
-        except Exception as error:  # the app's own code
-            raise DataError(f"number {index} of the sequence cannot be read: {error}") from error
-        if not isinstance(inputs, Mapping):
-            raise DataError(
-                f"number {index} of the sequence: expected (inputs by modality, labels), found "
-                f"{type(inputs).__name__} for the inputs"
-            )
+        inputs, labels = read_example(self._examples, index)
         if not isinstance(labels, Mapping):
             heads = self._manifest.heads
             if len(heads) > 1:
-                raise DataError(
+                raise ExampleError(
                     f"number {index} of the sequence: expected labels by task, of some of "
                     f"{', '.join(heads)}"
                 )
@@ -213,4 +209,22 @@ def _stacked(where: str, values: Sequence[ArrayLike | None]) -> NDArray[Any]:
     try:
         return np.stack([np.asarray(value) for value in values])
     except ValueError as error:
-        raise DataError(f"{where}: the examples of a batch differ in shape: {error}") from error
+        raise ExampleError(f"{where}: the examples of a batch differ in shape: {error}") from error
+
+
+def read_example(examples: Sequence[Example], index: int) -> Example:
+    """An example of an app's sequence.
+
+    Raises:
+        ExampleError: It is not there, cannot be read, or is no pair of inputs and labels.
+    """
+    try:
+        inputs, labels = examples[index]
+    except Exception as error:  # the app's own code
+        raise ExampleError(f"number {index} of the sequence cannot be read: {error}") from error
+    if not isinstance(inputs, Mapping):
+        raise ExampleError(
+            f"number {index} of the sequence: expected (inputs by modality, labels), found "
+            f"{type(inputs).__name__} for the inputs"
+        )
+    return inputs, labels

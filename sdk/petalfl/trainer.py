@@ -6,36 +6,38 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from petalfl import wire
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.codecs import KINDS
-from petalfl.data import Labels, check_inputs, check_labels
+from petalfl.data import Labels
 from petalfl.errors import DataError, StoreError, WireError
 from petalfl.examples import ExampleStore
+from petalfl.local_data import (
+    ArrayData,
+    Example,
+    ExampleError,
+    LocalData,
+    SequenceData,
+    read_example,
+)
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Block, ModelManifest
 from petalfl.pacing import Pacing
+from petalfl.private_tensors import check_tensors, private_values, put_back
 from petalfl.runtime import EngineName
 from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
 from petalfl.training import TrainingResult, train
 from petalfl.updates import make_update
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
-Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore
-
-
-class LocalData(NamedTuple):
-    """Checked: inputs by modality and labels by task, all of one length."""
-
-    inputs: dict[str, NDArray[Any]]
-    labels: dict[str, NDArray[Any]]
+Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore | Sequence[Example]
 
 
 class Trainer:
@@ -65,7 +67,7 @@ class Trainer:
     ) -> None:
         self.identity = store.read_identity()
         self.state = store.read_state()
-        self.local = LocalData({}, {})
+        self.local: LocalData = ArrayData({}, {})
         self._store = store
         self._callbacks, self._pacing = callbacks, pacing
         self._num_threads, self._engine = num_threads, engine
@@ -81,18 +83,24 @@ class Trainer:
     @property
     def modalities(self) -> list[str]:
         """Of the data, whether or not it has been checked."""
-        data = self._data or {}
-        return sorted(data.modalities if isinstance(data, ExampleStore) else data)
+        data = self._data if self._data is not None else {}
+        if isinstance(data, ExampleStore):
+            return sorted(data.modalities)
+        return sorted(data if isinstance(data, Mapping) else read_example(data, 0)[0])
 
     @property
     def tasks(self) -> list[str] | None:
         """That there are labels of; None: of all, or one cannot know yet."""
-        return sorted(self._labels) if isinstance(self._labels, Mapping) else None
+        labels, data = self._labels, self._data
+        if data is not None and not isinstance(data, (Mapping, ExampleStore)):
+            labels = read_example(data, 0)[1]
+        return sorted(labels) if isinstance(labels, Mapping) else None
 
     @property
     def ready(self) -> wire.Ready:
         """What the server is told that this device can train."""
-        return wire.Ready(tuple(sorted(self.local.inputs)), tuple(sorted(self.local.labels)), KINDS)
+        local = self.local
+        return wire.Ready(tuple(sorted(local.modalities)), tuple(sorted(local.tasks)), KINDS)
 
     def hold_data(self, data: Data | None, labels: Labels | None) -> None:
         """Takes data that is checked once there is a model, by `check_data`."""
@@ -110,8 +118,8 @@ class Trainer:
         """Takes other data from the next round on; errors as `EdgeClient.set_data`."""
         local = self._checked(data, labels)
         model = self.model
-        lacking = {b.name for b in model.manifest.blocks_for(*local)} - {b.name for b in model.held}
-        if lacking:
+        needed = model.manifest.blocks_for(local.modalities, local.tasks)
+        if lacking := {b.name for b in needed} - {b.name for b in model.held}:
             raise DataError(
                 f"this device does not hold {', '.join(sorted(lacking))}; stop the client, "
                 f"set the data and run it again"
@@ -128,13 +136,14 @@ class Trainer:
             held = {model.manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
             names = held & set(data.modalities)  # what comes to the store later waits for a restart
             data, labels, _ = data.snapshot(names or None, check=self._fitting)
-        return self._fitting(data or {}, np.empty(0) if labels is None else labels)
+        if data is None or isinstance(data, Mapping):
+            return self._fitting(data or {}, labels)
+        if labels is not None:
+            raise DataError("the sequence's examples have labels of their own: give none beside it")
+        return SequenceData(self.model.manifest, data)
 
-    def _fitting(self, inputs: Mapping[str, ArrayLike], labels: Labels) -> LocalData:
-        manifest = self.model.manifest
-        arrays = check_inputs(manifest, inputs)
-        length = len(next(iter(arrays.values())))
-        return LocalData(arrays, check_labels(manifest, labels, length))
+    def _fitting(self, inputs: Mapping[str, ArrayLike], labels: Labels | None) -> ArrayData:
+        return ArrayData.checked(self.model.manifest, inputs, labels)
 
     def _refreshed(self) -> LocalData:
         """What to train on now: of an example store, what has labels by now."""
@@ -200,7 +209,10 @@ class Trainer:
         manifest = self.model.manifest
         base = self._store.read_shared()
         stored = {n: _stored_vector(manifest.block(n), v) for n, v in base.vectors.items()}
-        self._replace_parameters({**stored, **vectors})
+        newest = {**stored, **vectors}
+        self._replace_parameters(
+            {name: self._personal(manifest.block(name), vector) for name, vector in newest.items()}
+        )
         self._pointers |= pointers
         if vectors:
             kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
@@ -217,6 +229,7 @@ class Trainer:
         if manifest_bytes is None or self.identity is None:
             raise StoreError(f"the store {self._store.folder} has no model yet: call run() first")
         manifest = ModelManifest.from_json(manifest_bytes)
+        check_tensors(manifest, self.identity.private_tensors)
         held = tuple(
             b for b in manifest.blocks if self._store.read_file(b.artifacts.eval_model.path)
         )
@@ -235,12 +248,17 @@ class Trainer:
             if data is None and not self.is_shared(block):
                 data = self._store.read_file(block.artifacts.parameters.path)
             if data is not None:
-                parameters[block.name] = _stored_vector(block, data)
+                parameters[block.name] = self._personal(block, _stored_vector(block, data))
         return model.with_parameters(parameters)
 
     def _trained(self, block: Block, shared: Shared) -> bytes | None:
         vectors = shared.vectors if self.is_shared(block) else self.state.private
         return vectors.get(block.name)
+
+    def _personal(self, block: Block, vector: Vector) -> Vector:
+        """A shared block's vector with the device's own private tensors; others as they are."""
+        own = {n: from_bytes(v, len(v) // 4) for n, v in self.state.private_tensors.items()}
+        return put_back(block, own, vector)
 
     # Rounds
 
@@ -260,18 +278,20 @@ class Trainer:
         self._callbacks.on_round(RoundInfo(task.round_num, task.num_rounds))
         model = self.model
         try:
-            inputs, labels = self._asked(self._refreshed(), task)
+            data = self._asked(self._refreshed(), task)
         except DataError as error:  # later examples may do
-            self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
-            return False
-        held = model.manifest.blocks_for(inputs, labels)
+            return self._left_out(task, error)
+        held = model.manifest.blocks_for(data.modalities, data.tasks)
         before = {block.name: model.parameters[block.name] for block in held}
         rng = np.random.default_rng([task.seed, task.round_num, _number(self.identity.device)])
         started_s = time.monotonic()
-        result = train(
-            model.engine, model.manifest, before, inputs, labels, task.hyperparameters, rng,
-            shared=task.blocks, on_batch=self._on_batch,
-        )  # fmt: skip
+        try:
+            result = train(
+                model.engine, model.manifest, before, data, task.hyperparameters, rng,
+                shared=task.blocks, on_batch=self._on_batch,
+            )  # fmt: skip
+        except ExampleError as error:  # it may be mended
+            return self._left_out(task, error)
         seconds = time.monotonic() - started_s
         self.state = self._state_after(task, held, before, result, rng)
         self._store.write_state(self.state)
@@ -283,20 +303,24 @@ class Trainer:
         )
         return True
 
+    def _left_out(self, task: wire.Task, error: DataError) -> bool:
+        self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
+        return False
+
     def _asked(self, local: LocalData, task: wire.Task) -> LocalData:
         """Without what has come since the task was made: its shared blocks would be stale."""
         manifest = self.model.manifest
-        held = manifest.blocks_for(*local)
+        held = manifest.blocks_for(local.modalities, local.tasks)
         unasked = [b for b in held if self.is_shared(b) and b.name not in task.blocks]
         modalities = {manifest.modality_of(b) for b in unasked if b.kind == "encoder"}
         tasks = {task for task, head in manifest.heads.items() if head in unasked}
-        inputs = {name: array for name, array in local.inputs.items() if name not in modalities}
-        labels = {name: array for name, array in local.labels.items() if name not in tasks}
+        kept = [name for name in local.modalities if name not in modalities]
+        tasks_kept = [name for name in local.tasks if name not in tasks]
         is_fusion = any(b.kind == "fusion" for b in unasked)
-        if is_fusion or not inputs or not labels:
+        if is_fusion or not kept or not tasks_kept:
             names = ", ".join(b.name for b in unasked)
             raise DataError(f"the task lacks {names}, without which there is nothing to train")
-        return LocalData(inputs, labels)
+        return local.only(kept, tasks_kept) if unasked else local
 
     def _state_after(
         self,
@@ -323,7 +347,16 @@ class Trainer:
             for block in held
             if not (block.is_frozen or self.is_shared(block))
         }
-        return State(task.round_num, self.state.private | private, tuple(outbox), residuals)
+        names = self.identity.private_tensors if self.identity else ()
+        own = {
+            name: to_bytes(values)
+            for block in held
+            for name, values in private_values(block, names, result.parameters[block.name]).items()
+        }
+        return State(
+            task.round_num, self.state.private | private, tuple(outbox), residuals,
+            self.state.private_tensors | own,
+        )  # fmt: skip
 
     def make_update(
         self,
@@ -334,11 +367,13 @@ class Trainer:
         rng: np.random.Generator,
     ) -> tuple[Outgoing, Residual | None]:
         """The one place where a block becomes something to send; refuses all but shared ones."""
-        if not self.is_shared(block):
+        if self.identity is None or not self.is_shared(block):
             raise ValueError(f"block {block.name} is not shared: it cannot become an update")
         delta = result.parameters[block.name] - before
         kept = self.state.residuals.get(block.name)
-        return make_update(block, task, result.num_examples, delta, kept, rng)
+        return make_update(
+            block, task, result.num_examples, delta, kept, rng, self.identity.private_tensors
+        )
 
     def _on_batch(self, done: int, total: int) -> None:
         self._callbacks.on_progress(done, total)

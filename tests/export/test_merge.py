@@ -503,6 +503,25 @@ def test_a_devices_private_blocks_go_before_all(tied: Exported, tmp_path: Path) 
     assert (bias.numpy() == mine["head-kind"][-3:]).all()
 
 
+def test_a_devices_private_tensors_go_into_shared_blocks(tied: Exported, tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path / "store")
+    store.write_identity(Identity("default", "car-7", "p" * 20, (), ("head-kind/bias",)))
+    bias = np.arange(3, dtype=np.float32)
+    store.write_state(State(3, private_tensors={"head-kind/bias": to_bytes(bias)}))
+    store.close()
+    merged = merge(
+        tied.artifacts, tmp_path / "model.pt", weights=tied.data, private=tmp_path / "store"
+    )
+    found, shared = (
+        merged["head-kind"],
+        merge(tied.artifacts, tmp_path / "other.pt", weights=tied.data)["head-kind"],
+    )
+    assert found.origin == "server, version 10, private tensors of device car-7"
+    np.testing.assert_array_equal(found.vector[-3:], bias)
+    np.testing.assert_array_equal(found.vector[:-3], shared.vector[:-3])
+    assert {w.origin for n, w in merged.items() if n != "head-kind"} == {"server, version 10"}
+
+
 def test_stores_that_do_not_fit(
     tied: Exported, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:

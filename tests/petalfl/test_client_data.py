@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_a_modality_that_goes_and_comes_back(busy: Server, make: Make, tmp_path:
     held: list[tuple[str, ...]] = []
 
     def change(metrics: RoundMetrics) -> None:
-        held.append(tuple(client._trainer.local.inputs))
+        held.append(client._trainer.local.modalities)
         if metrics.round_num in steps:
             client.set_data(steps[metrics.round_num], LABELS)
 
@@ -86,10 +87,10 @@ def test_data_that_does_not_fit_changes_nothing(idle: Server, make: Make) -> Non
             client.set_data({"a": A, "b": B}, LABELS)
         with pytest.raises(DataError, match="modality a: found shape"):
             client.set_data({"a": B}, LABELS)
-        assert client._trainer.local.inputs.keys() == {"a"}
+        assert client._trainer.local.modalities == ("a",)
     client.set_data({"a": A[:7]}, LABELS[:7])  # it is looked at when it runs
     with running(client):
-        until(lambda: len(client._trainer.local.inputs["a"]) == 7, "its data")
+        until(lambda: len(client._trainer.local) == 7, "its data")
 
 
 # Examples that grow, a store that is encrypted
@@ -174,6 +175,32 @@ def test_examples_of_which_none_fits(idle: Server, make: Make, tmp_path: Path) -
         examples.append({"a": A[0]}, 7)
         with pytest.raises(DataError, match=r"no example .* does not fit: labels: found 7 to"):
             make(idle, "none-fits", data=examples, labels=None).run()
+
+
+def test_a_sequence_is_read_batch_by_batch(busy: Server, make: Make) -> None:
+    """Rounds as with arrays, until an example cannot be read: that costs a round."""
+    errors: list[PetalError] = []
+    is_broken = False
+
+    class Recordings(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            if is_broken and index == 5:
+                raise OSError("the card is full of holes")
+            return super().__getitem__(index)
+
+    def spoil(info: RoundInfo) -> None:
+        nonlocal is_broken
+        is_broken = info.round_num == 3
+
+    examples = Recordings([({"a": a}, int(label)) for a, label in zip(A, LABELS, strict=True)])
+    client = make(busy, "d", data=examples, labels=None, on_round=spoil, on_error=errors.append)
+    with running(client):
+        until(lambda: bool(errors), "the error")
+    assert client._trainer.state.round_num == 2
+    assert busy.query("SELECT num_examples, COUNT(*) FROM reports GROUP BY 1") == [(24, 2)]
+    assert re.fullmatch("round 3 is left out: number 5 .* full of holes", str(errors[0]))
+    with pytest.raises(DataError, match="labels of their own: give none beside it"):
+        make(busy, "two-labels", data=examples).run()
 
 
 def test_an_example_store_that_will_not_do(idle: Server, make: Make, tmp_path: Path) -> None:

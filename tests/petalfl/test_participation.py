@@ -20,12 +20,13 @@ from petalfl import (
 )
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
+from petalfl.local_data import ArrayData
 from petalfl.mqtt import MqttTransport
 from petalfl.participation import Participation
 from petalfl.source import NotThereError
 from petalfl.store import Outgoing, State
 from petalfl.threads import Threads
-from petalfl.trainer import LocalData, Trainer
+from petalfl.trainer import Trainer
 from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.transport import MemoryBroker
 from petalfl.uplink import Uplink
@@ -169,7 +170,7 @@ class Idler(Trainer):
 
     def __init__(self, round_num: int) -> None:
         self.state = State(round_num)
-        self.local = LocalData({}, {})
+        self.local = ArrayData({}, {})
         self.trained: list[int] = []
 
     def check_blocks(self, task: wire.Task | wire.Finish) -> None:

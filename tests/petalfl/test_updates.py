@@ -91,5 +91,28 @@ def test_what_nobody_can_say_is_refused(codec: str) -> None:
         update(codec, bad)
 
 
+# Private tensors: of the head's 40 parameters, the last four are its bias.
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "topk:0.5", "topk-int8:0.1"])
+def test_nothing_of_a_private_tensor_is_in_an_update(codec: str) -> None:
+    """Its values change no byte: neither a scale nor what is kept of the others nor a residual."""
+    made = []
+    for factor in (0, 1e30):
+        delta, old = DELTA.copy(), OLD.copy()
+        delta[36:] *= np.float32(factor)
+        old[36:] *= np.float32(factor)
+        outgoing, left = make_update(
+            BLOCK, task(codec), 12, delta, Residual(5, to_bytes(old)), np.random.default_rng(0),
+            {"head/bias", "other/weight"},
+        )  # fmt: skip
+        manifest = cast(wire.UpdateManifest, wire.decode(outgoing.message))
+        found = wire.decode_payload(manifest, outgoing.payload, "watch", BLOCK).delta
+        np.testing.assert_array_equal(found[36:], np.zeros(4))
+        assert manifest.codec == codec and np.abs(found[:36]).max() > 0
+        made.append((outgoing.payload, left))
+    assert made[0] == made[1]
+
+
 def test_the_codec_is_parsed_once() -> None:
     assert parse_codec("topk:0.1") is parse_codec("topk:0.1")
