@@ -79,7 +79,8 @@ def test_the_costs(capsys: pytest.CaptureFixture[str]) -> None:
     names = [row["rule"].partition(":")[0] for row in rows]
     assert names == [*AGGREGATORS, *OPTIMIZERS]
     kept = {row["rule"]: row["kept_bytes"] for row in rows}
-    assert kept["weighted-mean"] == 0 and kept["median"] == 7 * 600 * 4
+    few = 7 * 600 * 4  # bytes: so few wait for a pass over the sum, too
+    assert kept["weighted-mean"] == kept["median"] == few
     assert all(row["end_s"] > 0 and row["peak_bytes"] >= 600 * 4 for row in rows)
     assert bench_aggregators.main([*arguments, "--markdown"]) == 0
     assert capsys.readouterr().out.count("\n| ") == len(rows)
