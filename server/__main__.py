@@ -10,6 +10,7 @@ import sys
 
 from petalfl.errors import PetalError
 
+from .config import make_broker_tls, make_tls
 from .config_report import as_json, as_text
 from .maintenance import add_commands
 from .memory import keep_freed_memory
@@ -44,6 +45,8 @@ def _serve(options: argparse.Namespace) -> int:
 def _check_config(options: argparse.Namespace) -> int:
     effective = resolve(vars(options), os.environ)
     configs = {name: model.config for name, model in load_models(effective).items()}
+    make_tls(effective.server)
+    make_broker_tls(effective.server)
     print(as_json(effective, configs) if options.json else as_text(effective, configs))
     return 0
 

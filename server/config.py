@@ -12,14 +12,19 @@ from petalfl.codecs import parse_codec
 from petalfl.model import Block, ModelManifest
 from petalfl.payloads import max_payload_bytes
 from petalfl.schema import read
+from petalfl.tls import Tls
 from petalfl.training import Hyperparameters
 
 from .options import BY_KEY, ConfigError, PerBlock
 from .private_tensors import find_private_tensors
 from .schedules import ScheduleName
 from .settings import Setting, Settings
+from .tls import ServerTls
 
-__all__ = ["SCHEMES", "Config", "ConfigError", "PerBlock", "make_config", "private_blocks"]
+__all__ = [
+    "SCHEMES", "Config", "ConfigError", "PerBlock", "make_broker_tls", "make_config", "make_tls",
+    "private_blocks",
+]  # fmt: skip
 
 Mode: TypeAlias = Literal["sync", "async"]
 
@@ -205,6 +210,42 @@ def _label(key: str, settings: Settings) -> str:
     if source.startswith(("--", "PETALFL_")):
         return source
     return f"--{BY_KEY[key].name}" if source == "default" else f"{source}: {key}"
+
+
+def make_tls(settings: Settings) -> ServerTls | None:
+    """The server's own certificate, if it has one; its files are usable.
+
+    Raises:
+        ConfigError: They are not, or there is a key or an authority without a certificate.
+    """
+    if settings["tls_cert"].value is None:
+        for key in ("tls_key", "tls_client_ca"):
+            if settings[key].value is not None:
+                raise ConfigError(f"{_label(key, settings)} needs a certificate: --tls-cert FILE")
+        return None
+    tls = ServerTls(*(settings[key].value for key in ("tls_cert", "tls_key", "tls_client_ca")))
+    try:
+        tls.context()
+    except ValueError as error:
+        raise ConfigError(f"{_label('tls_cert', settings)}: {error}") from error
+    return tls
+
+
+def make_broker_tls(settings: Settings) -> Tls | None:
+    """What the server trusts and shows at its broker; None: nothing is said of it.
+
+    Raises:
+        ConfigError: A file is not usable.
+    """
+    files = [settings[key].value for key in ("broker_ca", "broker_cert", "broker_key")]
+    if files == [None, None, None]:
+        return None
+    tls = Tls(*files)
+    try:
+        tls.context()
+    except ValueError as error:
+        raise ConfigError(f"the broker's TLS: {error}") from error
+    return tls
 
 
 SCHEMES = ("fm", "ph", "phf", "local")

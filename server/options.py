@@ -194,7 +194,8 @@ def _forms(rules: Mapping[str, Callable[..., object]]) -> str:
 
 # The table
 
-ROUNDS, RULES, TRAINING = "rounds", "what the server makes of updates", "local training"
+TLS, ROUNDS = "TLS", "rounds"
+RULES, TRAINING = "what the server makes of updates", "local training"
 
 OPTIONS: tuple[Option, ...] = (
     Option("artifacts", _path, None, "made by python -m export", metavar="DIR"),
@@ -205,6 +206,21 @@ OPTIONS: tuple[Option, ...] = (
     Option("broker", _text, "embedded",
            "embedded, embedded:PORT, or mqtt(s)://user:password@host:port of a Mosquitto with "
            "its dynamic-security plugin", metavar="SPEC", is_of_server=True),
+    Option("tls-cert", _path, None,
+           "serve HTTPS, and MQTT with TLS on an embedded broker, with this certificate and its "
+           "chain (PEM): docs/tls.md", TLS, "FILE", is_of_server=True),
+    Option("tls-key", _path, None, "its private key, where it is not in the same file", TLS,
+           "FILE", is_of_server=True),
+    Option("tls-client-ca", _path, None,
+           "mutual TLS: let only clients in that have a certificate of these authorities", TLS,
+           "FILE", is_of_server=True),
+    Option("broker-ca", _path, None,
+           "authorities to trust at a broker mqtts://…, instead of the system's", TLS, "FILE",
+           is_of_server=True),
+    Option("broker-cert", _path, None, "certificate for a broker that asks for one", TLS, "FILE",
+           is_of_server=True),
+    Option("broker-key", _path, None, "its private key, where it is not in the same file", TLS,
+           "FILE", is_of_server=True),
     Option("federation", _text, "default", "a-z, 0-9 and '-'", metavar="NAME", is_of_server=True),
     Option("token", _text, "", "join token; the default is random and kept in --data-dir"),
     Option("reducer", _rule(parse_reducer), "auto",

@@ -10,9 +10,10 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -20,14 +21,16 @@ from petalfl import mqtt
 from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 from petalfl.model import ModelManifest
+from petalfl.tls import Tls
 
 from . import reducer
 from .broker import Broker, open_broker
-from .config import Config, ConfigError, make_config
+from .config import Config, ConfigError, make_broker_tls, make_config, make_tls
 from .federation import Federation
 from .gateway import Gateway
 from .settings import Effective, take_over
 from .state import ServerState
+from .tls import ServerTls
 from .web import WebApp, build_app
 
 log = logging.getLogger("petalfl.server")
@@ -71,6 +74,7 @@ async def serve(
     Args:
         again: Reads the settings once more, at SIGHUP.
     """
+    tls, broker_tls = make_tls(effective.server), make_broker_tls(effective.server)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGINT, signal.SIGTERM):
@@ -84,7 +88,8 @@ async def serve(
             federations[name] = Federation(model.config, model.manifest, states[name])
         log.info("updates are summed by %s: %s", backend.name, backend.description)
         names = list(models)
-        broker = await _open_broker(effective, names, states[names[0]], stack)
+        state = states[names[0]]
+        broker = await _open_broker(effective, names, state, (tls, broker_tls), stack)
         gateways: list[Gateway] = []
 
         def greet() -> None:  # a broker that was started again may have forgotten everything
@@ -93,8 +98,9 @@ async def serve(
 
         client_id = f"{names[0]}-server-{secrets.token_hex(8)}"  # whoever knew it could take over
         transport = mqtt.MqttTransport(
-            broker.endpoint, login=broker.server_login, client_id=client_id, on_connect=greet
-        )
+            broker.endpoint, login=broker.server_login, client_id=client_id, on_connect=greet,
+            tls=broker_tls,
+        )  # fmt: skip
         await transport.connect()
         stack.push_async_callback(transport.close)
         apps = []
@@ -109,10 +115,11 @@ async def serve(
             token = effective.federations[name]["token"].value
             token = token or state.setting("token", secrets.token_urlsafe(24))
             apps.append(WebApp(federation, state, broker, gateway, token))
-        url = await _listen(build_app(apps), effective.server["http"].value, stack)
+        certificate = _Certificate(tls, broker) if tls else None
+        url = await _listen(build_app(apps), effective.server["http"].value, stack, certificate)
         for app in apps:
             app.source.federation.start(app.source.gateway)
-        reloading = _Reloading(effective, federations, again)
+        reloading = _Reloading(effective, federations, again, certificate)
         loop.add_signal_handler(signal.SIGHUP, reloading.run)
         _write_runtime(url, apps, effective.server["data_dir"].value, stack)
         for app in apps:
@@ -133,44 +140,84 @@ def _choose_reducer(effective: Effective) -> reducer.Backend:
 
 def _cut_off(broker: Broker, device: str) -> None:
     """Ends a device's login at the broker, in the background."""
+    _in_background(broker.revoke(device), f"device {device} keeps its login")
 
+
+def _in_background(work: Coroutine[None, None, None], complaint: str) -> None:
     def say(done: asyncio.Task[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
-            log.error("device %s keeps its login: %s", device, error)
+            log.error("%s: %s", complaint, error)
 
-    work = asyncio.get_running_loop().create_task(broker.revoke(device))
-    _BACKGROUND.add(work)  # the loop itself holds tasks only weakly
-    work.add_done_callback(_BACKGROUND.discard)
-    work.add_done_callback(say)
+    task = asyncio.get_running_loop().create_task(work)
+    _BACKGROUND.add(task)  # the loop itself holds tasks only weakly
+    task.add_done_callback(_BACKGROUND.discard)
+    task.add_done_callback(say)
 
 
 _BACKGROUND: set[asyncio.Task[None]] = set()
 
 
+class _Certificate:
+    """The server's certificate in use, at HTTP and the embedded broker."""
+
+    def __init__(self, tls: ServerTls, broker: Broker) -> None:
+        self.context = tls.context()
+        self._tls, self._broker = tls, broker
+
+    def renew(self) -> None:
+        """Reads it again for the connections to come; a damaged one is not used."""
+        try:
+            self._tls.renew(self.context)
+        except ValueError as error:
+            log.error("the certificate in use stays: %s", error)
+            return
+        log.info("the certificate is read again from %s", self._tls.certificate)
+        _in_background(self._broker.renew_certificate(), "the broker keeps its certificate")
+
+
 async def _open_broker(
-    effective: Effective, names: list[str], state: ServerState, stack: contextlib.AsyncExitStack
+    effective: Effective,
+    names: list[str],
+    state: ServerState,
+    tls: tuple[ServerTls | None, Tls | None],
+    stack: contextlib.AsyncExitStack,
 ) -> Broker:
     """Starts the broker, an embedded one on its old port, if any: devices look for it there."""
     spec = str(effective.server["broker"].value)
     if spec == "embedded" and (port := state.setting("broker port", "")):
         spec = f"embedded:{port}"
     data_dir = effective.server["data_dir"].value
-    broker = open_broker(spec, data_dir=data_dir, federation=names[0], more=names[1:])
+    host, _ = _host_and_port(effective.server["http"].value)
+    broker = open_broker(
+        spec, data_dir=data_dir, federation=names[0], more=names[1:], host=host, tls=tls[0],
+        broker_tls=tls[1],
+    )  # fmt: skip
     await broker.start()
     stack.push_async_callback(broker.close)
     if spec.startswith("embedded"):
-        state.replace_setting("broker port", str(broker.endpoint.port))
+        state.replace_setting("broker port", str(broker.device_endpoint("").port))
     return broker
 
 
-async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
+def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--http {address!r}: expected HOST:PORT, e.g. 127.0.0.1:8080")
+    return host, int(port)
+
+
+async def _listen(
+    app: web.Application,
+    address: str,
+    stack: contextlib.AsyncExitStack,
+    certificate: _Certificate | None = None,
+) -> str:
+    host, port = _host_and_port(address)
     runner = web.AppRunner(app, handle_signals=False)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, int(port))
+    context = certificate.context if certificate else None
+    site = web.TCPSite(runner, host, port, ssl_context=context)
     try:
         await site.start()
     except OSError as error:
@@ -178,7 +225,7 @@ async def _listen(app: web.Application, address: str, stack: contextlib.AsyncExi
             f"cannot listen on {address}: {error.strerror}; choose another --http HOST:PORT"
         ) from error
     bound = runner.addresses[0][1]
-    return f"http://{host}:{bound}"
+    return f"{'https' if certificate else 'http'}://{host}:{bound}"
 
 
 def _write_runtime(
@@ -204,7 +251,7 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
         *([f"  frozen     {', '.join(frozen)}"] if frozen else []),
         f"  rounds     {rounds}, {pace} at least {config.min_devices} devices",
         f"  http       {url}",
-        f"  broker     {broker.endpoint}",
+        f"  broker     {broker.device_endpoint(urlsplit(url).hostname or '')}",
         f"  data       {config.data_dir}",
         "join with",
         f"  EdgeClient({url!r}, token={token!r}, {name}…)",
@@ -222,13 +269,20 @@ class _Reloading:
         effective: Effective,
         federations: Mapping[str, Federation],
         again: Callable[[], Effective],
+        certificate: _Certificate | None = None,
     ) -> None:
+        self._certificate = certificate
         self._in_force = dict(effective.federations)
         self._federations = federations
         self._again = again
 
     def run(self) -> None:
-        """Reads the settings again; where they are impossible, everything stays as it is."""
+        """Reads the settings again; where they are impossible, they all stay as they are.
+
+        The certificate, whose file's name stays, is read again either way.
+        """
+        if self._certificate is not None:
+            self._certificate.renew()
         try:
             new = self._again()
             if new.federations.keys() != self._in_force.keys():

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -194,7 +195,7 @@ class WebApp:
         return found
 
     async def _session(self, request: web.Request, device: str) -> web.Response:
-        endpoint = self._broker.endpoint
+        endpoint = self._broker.device_endpoint(_asked_host(request))
         return web.json_response(
             {
                 "mqtt_host": endpoint.host,
@@ -263,6 +264,15 @@ class WebApp:
                 for name, modalities in self._state.devices().items()
             }
         )
+
+
+def _asked_host(request: web.Request) -> str:
+    """The name by which the client knows this server."""
+    try:
+        host = urlsplit(f"//{request.host}").hostname
+    except ValueError as error:
+        raise web.HTTPBadRequest(text=f"the request's Host is {request.host!r}") from error
+    return host or ""
 
 
 def build_app(apps: Sequence[WebApp]) -> web.Application:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.certificates import Issued
+
 ADMIN, PASSWORD = "admin", "an admin's p@ss/word"
 _PATH = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"  # Debian: sbin
 _LIBRARIES = [Path("/usr/lib"), Path("/usr/local/lib"), Path("/opt/homebrew/lib")]
@@ -25,10 +27,13 @@ def missing_mosquitto() -> str | None:
 
 
 @contextmanager
-def mosquitto(directory: Path, port: int = 0) -> Iterator[str]:
+def mosquitto(
+    directory: Path, port: int = 0, *, issued: Issued | None = None, client_ca: Path | None = None
+) -> Iterator[str]:
     """Run a Mosquitto whose state is in ``directory``; yield its URL with the admin login.
 
-    A second run in the same directory finds the logins that the first one left.
+    A second run in the same directory finds the logins that the first one left. It has TLS if a
+    certificate is ``issued``, and asks for those of ``client_ca``.
     """
     logins = directory / "dynamic-security.json"
     if not logins.exists():
@@ -36,13 +41,14 @@ def mosquitto(directory: Path, port: int = 0) -> Iterator[str]:
         subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
     port = port or free_port()
     config = directory / "mosquitto.conf"
-    config.write_text(_config(port, logins))
+    config.write_text(_config(port, logins) + _tls_config(issued, client_ca))
     with (directory / "mosquitto.log").open("ab") as log:
         command = [str(_find("mosquitto")), "-c", str(config)]
         child = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         _wait_for(port, child, directory / "mosquitto.log")
-        yield f"mqtt://{ADMIN}:an%20admin%27s%20p%40ss%2Fword@127.0.0.1:{port}"
+        scheme = "mqtts" if issued else "mqtt"
+        yield f"{scheme}://{ADMIN}:an%20admin%27s%20p%40ss%2Fword@127.0.0.1:{port}"
     finally:
         child.terminate()
         child.wait(10)
@@ -59,6 +65,13 @@ set_tcp_nodelay true
 persistence false
 user {getpass.getuser()}
 """
+
+
+def _tls_config(issued: Issued | None, client_ca: Path | None) -> str:
+    lines = [f"certfile {issued.certificate}", f"keyfile {issued.key}"] if issued else []
+    if client_ca is not None:
+        lines += [f"cafile {client_ca}", "require_certificate true"]
+    return "\n".join([*lines, ""])
 
 
 def _find(program: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from petalfl.partials import Partial, Partials
 from petalfl.schema import Limit, read
 from petalfl.source import BrokenOffError, NoSuchRangeError
 from petalfl.store import DeviceStore, Identity
-from petalfl.tls import Tls
+from petalfl.tls import Tls, is_loopback
 from petalfl.vectors import Vector, from_bytes
 from petalfl.wire import BlockVersion
 
@@ -65,6 +64,7 @@ class Downlink:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._http = HttpClient(url, tls)
+        self.tls = tls
         self._root = f"/v1/{federation}"
         self._store = store
         self._check = check
@@ -99,7 +99,7 @@ class Downlink:
             session = read(Session, self._http.get_json(f"{self._root}/session"))
         except ValueError as error:
             raise TransportError(f"the server's session reply is malformed: {error}") from error
-        if self._http.is_tls and not session.mqtt_is_tls and not _is_loopback(session.mqtt_host):
+        if self._http.is_tls and not session.mqtt_is_tls and not is_loopback(session.mqtt_host):
             raise TransportError(
                 f"the server has TLS, and its broker at {session.mqtt_host}:{session.mqtt_port} "
                 "none: no password is sent there; give the broker TLS (mqtts://), too"
@@ -202,10 +202,3 @@ class Downlink:
             except BrokenOffError:
                 if partial.num_bytes - start < WORTH_BYTES:
                     raise
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

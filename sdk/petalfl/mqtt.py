@@ -62,9 +62,6 @@ class MqttTransport:
         tls: Whom to trust, and the certificate to show, at an endpoint with TLS; the default is
             to trust the system's authorities.
         timeout_s: For a connect, a subscription or a publish.
-
-    Raises:
-        ValueError: A file of ``tls`` cannot be used.
     """
 
     def __init__(
@@ -96,8 +93,6 @@ class MqttTransport:
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.username_pw_set(*login)
-        if endpoint.is_tls:
-            client.tls_set_context(self._tls.context())
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.on_connect = self._connected
@@ -114,8 +109,14 @@ class MqttTransport:
         """Connects for the first time; later breaks are mended in the background.
 
         Raises:
-            TransportError: No broker answers there, or it refuses the login.
+            TransportError: No broker answers there, it refuses the login, or a file of ``tls``
+                cannot be used.
         """
+        if self._endpoint.is_tls:
+            try:
+                self._client.tls_set_context(self._tls.context())
+            except ValueError as error:
+                raise TransportError(str(error)) from error
         await self._connect_once()
         self._keeper = asyncio.create_task(self._keep_connected())
 
@@ -184,7 +185,7 @@ class MqttTransport:
         try:
             self._client.connect(self._endpoint.host, self._endpoint.port, KEEPALIVE_S)
         except (OSError, ValueError) as error:
-            _close_leftovers(error)  # here: asyncio makes a timeout anew, without its traceback
+            close_leftovers(error)  # here: asyncio makes a timeout anew, without its traceback
             raise
 
     def _no_answer(self, error: Exception) -> TransportError:
@@ -304,8 +305,12 @@ def _has_more(connection: socket.socket) -> bool:
     return waiting[0] > 0
 
 
-def _close_leftovers(error: Exception) -> None:
-    """Closes the socket of a failed TLS handshake, which paho leaves to the garbage collector."""
+def close_leftovers(error: Exception) -> None:
+    """Closes the socket of a failed TLS handshake, which paho leaves open.
+
+    Args:
+        error: What paho's ``connect`` raised, with its traceback.
+    """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         leftover = frame.f_locals.get("ssl_sock")
         if isinstance(leftover, ssl.SSLSocket):

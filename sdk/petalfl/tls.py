@@ -5,6 +5,7 @@ Certificates and host names are always checked; nothing here turns that off.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import ssl
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Tls:
         if self.certificate is not None:
             show(context, self.certificate, self.key)
         return context
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent there stays on this machine, and needs no TLS."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def trust(context: ssl.SSLContext, ca: FilePath) -> None:
@@ -92,8 +101,7 @@ _FILE_ERRORS = {"KEY_VALUES_MISMATCH": "the key is of another certificate"}
 
 # By OpenSSL's number of the failed check: X509_V_ERR_… in openssl/x509_vfy.h.
 _UNKNOWN_AUTHORITY = (
-    "its certificate is of no authority that is trusted here; "
-    "give the file of the one that signed it as Tls(ca=…)"
+    "its certificate is of no authority that is trusted here: give the CA that signed it"
 )
 _UNTRUSTED = {
     9: "its certificate is not valid yet; is the clock right?",
@@ -123,7 +131,7 @@ def explain(error: object, tls: Tls) -> str:
         return str(error)
     found = alert.replace("_", " ").lower() if is_alert else "it hung up"  # many say no more
     if tls.certificate is None:
-        return f"{found}; it may ask for a certificate of this side: Tls(certificate=…, key=…)"
+        return f"{found}; it may ask for a certificate (mutual TLS): give one, with its key"
     return f"{found}; it may not accept {tls.certificate}: is it expired, or of another authority?"
 
 

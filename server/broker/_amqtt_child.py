@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import json
 import logging
 import math
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
@@ -31,6 +33,9 @@ from amqtt.errors import AMQTTError
 from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 
+from petalfl.mqtt import Endpoint
+
+from ..tls import ServerTls
 from .credentials import Credential
 from .grants import Grants, covers, device_grants, server_grants
 
@@ -43,10 +48,15 @@ logger = logging.getLogger("petalfl.broker")
 
 
 class _Reader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt is untyped
-    """A reader that bounds a packet and knows when its peer last finished one."""
+    """A reader that bounds a packet and knows when its peer last finished one.
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
+    Attributes:
+        is_public: Whether it came in where others than the server itself may.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, is_public: bool) -> None:
         super().__init__(reader)
+        self.is_public = is_public
         self.heard_s = asyncio.get_running_loop().time()
         self.max_silence_s = math.inf
 
@@ -100,6 +110,7 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
         # No plugins: the default ones let anybody in, log every packet and publish $SYS topics.
         super().__init__({"listeners": {_LISTENER: {"type": "external"}}, "plugins": {}})
         self._federations = federations
+        self._server = server
         self._credentials = credentials
         self._grants = {
             name: self._grants_of(name, credential)
@@ -108,11 +119,13 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
         }
         self._grants[server] = server_grants(*federations)
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one TCP connection to its end."""
+    async def accept(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_public: bool = True
+    ) -> None:
+        """Serve one connection to its end; where it is not public, the server's own."""
         hang_up = _Writer(writer)
         try:
-            await self.external_connected(_Reader(reader), hang_up, _LISTENER)
+            await self.external_connected(_Reader(reader, is_public), hang_up, _LISTENER)
         finally:
             await hang_up.close()
 
@@ -159,7 +172,8 @@ class GuardedBroker(AmqttBroker):  # type: ignore[misc]
             )
         except Exception as error:  # any bytes may arrive here
             raise AMQTTError(f"no CONNECT from {remote_address}: {error!r}") from error
-        if not await self._may_connect(session):
+        is_expected = reader.is_public or session.username == self._server
+        if not is_expected or not await self._may_connect(session):
             logger.warning("refused %r from %s", session.username, remote_address)
             await ConnackPacket.build(0, NOT_AUTHORIZED).to_stream(writer)
             raise AMQTTError("not authorized")
@@ -222,29 +236,67 @@ async def serve() -> None:
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader(limit=_MAX_COMMAND_BYTES)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    broker: GuardedBroker | None = None
+    child: _Child | None = None
     async for line in commands:
         command = json.loads(line)
-        if broker is None:
-            broker, answer = await start(command["start"])
+        if child is None:
+            child, answer = await start(command["start"])
         else:
-            answer = await obey(broker, command)
+            answer = await child.obey(command)
         print(json.dumps({"number": command["number"], **answer}), flush=True)
 
 
-async def start(settings: dict[str, Any]) -> tuple[GuardedBroker | None, dict[str, Any]]:
-    """Start a broker as told; the answer says the port it listens on, or the error."""
+class _Child:
+    """The broker, and what its listeners show."""
+
+    def __init__(self, broker: GuardedBroker, tls: ServerTls | None) -> None:
+        self._broker = broker
+        self._tls = tls
+        self._context = tls.context() if tls else None
+
+    async def listen(self, listener: dict[str, Any]) -> asyncio.Server:
+        """Listens at an endpoint."""
+        endpoint = Endpoint(**listener["endpoint"])
+        secured: dict[str, Any] = {}
+        if endpoint.is_tls:
+            secured = {"ssl": self._context, "ssl_handshake_timeout": CONNECT_TIMEOUT_S}
+        accept = functools.partial(self._broker.accept, is_public=listener["is_public"])
+        return await asyncio.start_server(
+            accept, endpoint.host, endpoint.port, limit=MAX_PACKET_BYTES, backlog=1024, **secured
+        )
+
+    async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one command; it is in force when the answer is written."""
+        if "grant" in command:
+            await self._broker.grant(command["grant"], Credential(**command["credential"]))
+        elif "revoke" in command:
+            await self._broker.revoke(command["revoke"])
+        elif self._tls is not None and self._context is not None:
+            try:
+                self._tls.renew(self._context)
+            except ValueError as error:
+                return {"error": str(error)}
+        return {}
+
+
+async def start(settings: dict[str, Any]) -> tuple[_Child | None, dict[str, Any]]:
+    """Start a broker as told; the answer says the ports it listens on, or the error."""
     credentials = {name: Credential(**one) for name, one in settings["credentials"].items()}
     broker = GuardedBroker(settings["federations"], settings["server"], credentials)
     await broker.start()
-    host, port = settings["host"], settings["port"]
+    files = {name: Path(path) for name, path in settings["tls"].items()}
+    ports = []
     try:
-        listener = await asyncio.start_server(
-            broker.accept, host, port, limit=MAX_PACKET_BYTES, backlog=1024
-        )
-    except OSError as error:
-        return None, {"error": _why_not(port, error)}
-    return broker, {"port": listener.sockets[0].getsockname()[1]}
+        child = _Child(broker, ServerTls(**files) if files else None)
+    except ValueError as error:
+        return None, {"error": str(error)}
+    for listener in settings["listeners"]:
+        try:
+            listening = await child.listen(listener)
+        except OSError as error:
+            return None, {"error": _why_not(listener["endpoint"]["port"], error)}
+        ports.append(listening.sockets[0].getsockname()[1])
+    return child, {"ports": ports}
 
 
 def _why_not(port: int, error: OSError) -> str:
@@ -252,15 +304,6 @@ def _why_not(port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is in use by another process; {advice}"
     return f"cannot listen on port {port} ({error}); {advice}"
-
-
-async def obey(broker: GuardedBroker, command: dict[str, Any]) -> dict[str, Any]:
-    """Carry out one command; it is in force when the answer is written."""
-    if "grant" in command:
-        await broker.grant(command["grant"], Credential(**command["credential"]))
-    else:
-        await broker.revoke(command["revoke"])
-    return {}
 
 
 def main() -> None:

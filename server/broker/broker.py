@@ -15,8 +15,8 @@ class BrokerError(PetalError):
 class Broker(Protocol):
     """A broker that lets in the server and the devices it was told of, nobody else.
 
-    `endpoint` and `server_login` (username, password of the aggregator itself) are valid once
-    `start` has returned. Every method may raise `BrokerError`.
+    `endpoint`, where the aggregator itself connects, and `server_login`, its username and
+    password, are valid once `start` has returned. Every method may raise `BrokerError`.
     """
 
     endpoint: Endpoint
@@ -34,6 +34,12 @@ class Broker(Protocol):
 
     async def revoke(self, device: str) -> None:
         """Remove a device's login and cut its connection; an unknown device is no error."""
+
+    def device_endpoint(self, host: str) -> Endpoint:
+        """Where devices connect that have reached the server's HTTP as ``host``."""
+
+    async def renew_certificate(self) -> None:
+        """Read the broker's certificate again, if it is the server's; ValueError: it is damaged."""
 
     async def close(self) -> None:
         """Release what `start` acquired; logins stay."""

@@ -12,20 +12,21 @@ import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from petalfl.backoff import delays
 from petalfl.mqtt import Endpoint
 
+from ..tls import ServerTls
 from .broker import BrokerError
 from .credentials import Credential, load_credentials, make_credential, save_credentials
 from .grants import topic_level
 
 log = logging.getLogger("petalfl.broker")
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 SERVER_NAME = "$server"  # no device can have this name: see `topic_level`
 ANSWER_TIMEOUT_S = 20.0
 BACKOFF_S = (0.5, 30.0)  # between the attempts to start a child again
@@ -37,17 +38,28 @@ class _ChildEndedError(BrokerError):
 
 
 class EmbeddedBroker:
-    """amqtt on the loopback interface, as a child that cannot outlive this process.
+    """amqtt as a child that cannot outlive this process.
 
     Its traffic costs this process nothing but a socket: a burst cannot stall the server's loop.
-    A child that dies is started again on the same port, with the logins that there are.
+    A child that dies is started again on the same port, with the logins that there are. Without
+    TLS it listens on the loopback interface. With TLS devices connect to ``host``, and only the
+    server itself comes in by loopback, where it needs no certificate.
     """
 
     def __init__(
-        self, data_dir: Path, federation: str, port: int = 0, more: Sequence[str] = ()
+        self,
+        data_dir: Path,
+        federation: str,
+        port: int = 0,
+        more: Sequence[str] = (),
+        *,
+        host: str = LOOPBACK,
+        tls: ServerTls | None = None,
     ) -> None:
-        self.endpoint = Endpoint(HOST, port)
+        self.endpoint = Endpoint(LOOPBACK, 0 if tls else port)
         self.server_login = (SERVER_NAME, "")
+        self._public = Endpoint(host, port, is_tls=True) if tls else None
+        self._tls = tls
         self._federations = [topic_level(name) for name in (federation, *more)]
         self._path = data_dir / "broker" / "credentials.json"
         self._credentials: dict[str, Credential] = {}
@@ -80,6 +92,16 @@ class EmbeddedBroker:
             if device != SERVER_NAME:
                 await self._tell(revoke=device)
 
+    def device_endpoint(self, host: str) -> Endpoint:
+        """With TLS the host by which the device knows the server: its certificate is the same."""
+        return replace(self._public, host=host) if self._public else self.endpoint
+
+    async def renew_certificate(self) -> None:
+        """Read certificate and key again, for the connections to come."""
+        if self._tls is not None:
+            async with self._lock:
+                await self._tell(renew=True)
+
     async def close(self) -> None:
         """End the child, if there is one."""
         if self._keeper is not None:
@@ -101,7 +123,8 @@ class EmbeddedBroker:
                     break
                 except BrokerError as error:
                     log.error("%s", error)
-            log.warning("the embedded broker listens on port %d again", self.endpoint.port)
+            port = self.device_endpoint("").port
+            log.warning("the embedded broker listens on port %d again", port)
 
     async def _start_child(self) -> None:
         self._child = await _spawn()
@@ -110,7 +133,10 @@ class EmbeddedBroker:
         except BaseException:
             await self._end_child()
             raise
-        self.endpoint = Endpoint(HOST, answer["port"])
+        [port, *public] = answer["ports"]
+        self.endpoint = replace(self.endpoint, port=port)
+        if self._public is not None:
+            self._public = replace(self._public, port=public[0])
 
     async def _end_child(self) -> None:
         child, self._child = self._child, None
@@ -126,9 +152,13 @@ class EmbeddedBroker:
 
     def _settings(self) -> dict[str, Any]:
         logins = {**self._credentials, SERVER_NAME: make_credential(self.server_login[1])}
+        listeners = [{"endpoint": asdict(self.endpoint), "is_public": self._public is None}]
+        if self._public is not None:
+            listeners.append({"endpoint": asdict(self._public), "is_public": True})
+        files = asdict(self._tls) if self._tls else {}
         return {
-            "host": HOST,
-            "port": self.endpoint.port,
+            "listeners": listeners,
+            "tls": {name: str(path) for name, path in files.items() if path is not None},
             "federations": self._federations,
             "server": SERVER_NAME,
             "credentials": {name: asdict(one) for name, one in logins.items()},
@@ -143,7 +173,7 @@ class EmbeddedBroker:
         try:
             await self._ask(**command)
         except _ChildEndedError as error:
-            if self._keeper is None:
+            if self._keeper is None or self._keeper.done():
                 raise
             log.warning("%s", error)
 
@@ -152,7 +182,7 @@ class EmbeddedBroker:
         number = next(self._numbers)
         child = self._child
         if child is None:
-            raise BrokerError("the embedded broker is not running; start it first")
+            raise _ChildEndedError("the embedded broker is not running; start it first")
         assert child.stdin is not None
         child.stdin.write(json.dumps({"number": number, **command}).encode() + b"\n")
         answer: dict[str, Any] = {}

@@ -22,7 +22,8 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from petalfl.mqtt import Endpoint
+from petalfl.mqtt import Endpoint, close_leftovers
+from petalfl.tls import Tls, explain
 
 from .broker import BrokerError
 from .grants import Grants, device_grants, server_grants, topic_level
@@ -45,8 +46,11 @@ class ExternalBroker:
         login: tuple[str, str],
         federation: str,
         more: Sequence[str] = (),
+        tls: Tls | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.tls = tls or Tls()
+        self.context = self.tls.context() if endpoint.is_tls else None
         self.server_login = login
         self._federations = [topic_level(name) for name in (federation, *more)]
         self._lock = asyncio.Lock()
@@ -64,6 +68,13 @@ class ExternalBroker:
     async def revoke(self, device: str) -> None:
         """Remove a device's login; the plugin cuts its connections."""
         await self._in_thread(lambda: self._revoke(device))
+
+    def device_endpoint(self, host: str) -> Endpoint:
+        """The same for everybody, wherever the server itself is."""
+        return self.endpoint
+
+    async def renew_certificate(self) -> None:
+        """Nothing to do: the certificate is the broker's own."""
 
     async def close(self) -> None:
         """Nothing to release: every exchange has its own short connection."""
@@ -118,7 +129,7 @@ class ExternalBroker:
 
     def _ask(self, commands: list[Json], ok: str = "\0") -> list[Json]:
         """Send commands and return their answers; an error is one unless it holds ``ok``."""
-        answers = _Exchange(self.endpoint, self.server_login, commands).run()
+        answers = _Exchange(self, commands).run()
         for answer in answers:
             if ok not in answer.get("error", ok):
                 raise BrokerError(f"the broker refused {answer['command']}: {answer['error']}")
@@ -128,9 +139,10 @@ class ExternalBroker:
 class _Exchange:
     """One connection that sends commands to the plugin and waits for all their answers."""
 
-    def __init__(self, endpoint: Endpoint, login: tuple[str, str], commands: list[Json]) -> None:
+    def __init__(self, broker: ExternalBroker, commands: list[Json]) -> None:
+        endpoint = broker.endpoint
         self._where = f"{endpoint.host}:{endpoint.port}"
-        self._endpoint, self._login = endpoint, login
+        self._broker, self._login = broker, broker.server_login
         self._tag = secrets.token_hex(8)
         self._commands = [{**one, "correlationData": self._tag} for one in commands]
         self._answers: list[Json] = []
@@ -152,17 +164,18 @@ class _Exchange:
     def _connect(self) -> paho.Client:
         client = paho.Client(CallbackAPIVersion.VERSION2)
         client.username_pw_set(*self._login)
-        if self._endpoint.is_tls:
-            client.tls_set()
+        if self._broker.context is not None:
+            client.tls_set_context(self._broker.context)
         client.connect_timeout = ANSWER_TIMEOUT_S
         client.on_connect, client.on_subscribe = self._on_connect, self._on_subscribe
         client.on_message = self._on_message
         try:
-            client.connect(self._endpoint.host, self._endpoint.port)
+            client.connect(self._broker.endpoint.host, self._broker.endpoint.port)
         except (OSError, ValueError) as error:
+            close_leftovers(error)
             raise BrokerError(
-                f"cannot reach the MQTT broker at {self._where} ({error}); start it, or correct "
-                "the URL"
+                f"cannot reach the MQTT broker at {self._where} ({self._why(error)}); start it, "
+                "or correct the URL"
             ) from error
         return client
 
@@ -173,8 +186,13 @@ class _Exchange:
                 "expected a Mosquitto >= 2.0 with mosquitto_dynamic_security.so loaded"
             )
         elif (code := client.loop(timeout=0.1)) != paho.MQTT_ERR_SUCCESS and not self._error:
-            reason = paho.error_string(code)
+            reason = self._why(ConnectionResetError(paho.error_string(code)))
             self._error = f"the MQTT broker at {self._where} closed the connection: {reason}"
+
+    def _why(self, error: Exception) -> str:
+        if self._broker.context is None:
+            return str(error)
+        return f"{explain(error, self._broker.tls)}; see --broker-ca and --broker-cert"
 
     def _on_connect(
         self, client: paho.Client, _data: Any, _flags: Any, reason: Any, _props: Any

@@ -106,7 +106,7 @@ def test_the_systems_authorities(
 ) -> None:
     url = serve(issued)
     message = refusal(url, None)
-    assert "of no authority that is trusted here" in message and "Tls(ca=…)" in message
+    assert "of no authority that is trusted here: give the CA that signed it" in message
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca))  # what OpenSSL takes for the system's
     assert HttpClient(url).get("/x", 1) == b"1"
 
@@ -163,7 +163,7 @@ def test_a_server_that_asks_for_a_certificate(
     serve: Serve, authority: Authority, issued: Issued, tmp_path: Path, newest: ssl.TLSVersion
 ) -> None:
     url = serve(issued, authority.ca, newest=newest)
-    assert "may ask for a certificate of this side" in refusal(url, Tls(authority.ca))
+    assert "may ask for a certificate (mutual TLS)" in refusal(url, Tls(authority.ca))
     other = Authority(tmp_path).issue("device")
     for own in (authority.issue("expired-device", ends=-DAY / 2), other):
         message = refusal(url, Tls(authority.ca, own.certificate, own.key))

@@ -354,6 +354,11 @@ class FakeBroker:
     async def revoke(self, device: str) -> None:
         self.granted.pop(device, None)
 
+    def device_endpoint(self, host: str) -> BrokerEndpoint:
+        return replace(self.endpoint, host=host) if self.endpoint.is_tls else self.endpoint
+
+    async def renew_certificate(self) -> None: ...
+
     async def close(self) -> None: ...
 
 

@@ -12,6 +12,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from petalfl.mqtt import Endpoint
+from petalfl.tls import Tls
 from server.broker import Broker, open_broker
 from tests.mosquitto import missing_mosquitto, mosquitto
 
@@ -24,12 +25,15 @@ class Peer:
 
     def __init__(self, endpoint: Endpoint, login: tuple[str, str] | None, **more: Any) -> None:
         will, keepalive = more.pop("will", None), more.pop("keepalive", 60)
+        tls: Tls | None = more.pop("tls", None)
         self.received: list[tuple[str, bytes]] = []
         self._news = threading.Condition()
         self._state: dict[str, Any] = {}
         self._client = paho.Client(CallbackAPIVersion.VERSION2, reconnect_on_failure=False, **more)
         if login is not None:
             self._client.username_pw_set(*login)
+        if tls is not None:
+            self._client.tls_set_context(tls.context())
         if will is not None:
             self._client.will_set(will[0], will[1], 1)
         self._client.on_connect = lambda c, u, f, reason, p: self._note("connected", reason)

@@ -334,6 +334,36 @@ async def test_the_next_child_knows_what_the_last_one_did_not_hear(
         assert not broker_peer(broker.endpoint, ("dev-1", "pw-1")).is_connected
 
 
+async def test_a_grant_while_no_child_can_be_started(
+    tmp_path: Path,
+    broker_peer: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is saved, and in force when one can."""
+    monkeypatch.setattr("server.broker.embedded.BACKOFF_S", (0.01, 0.1))
+    async with running(embedded(tmp_path)) as broker:
+        child = broker._child  # type: ignore[attr-defined]
+        child.kill()
+        await child.wait()
+        with socket.create_server(("127.0.0.1", broker.endpoint.port)):
+            while "is in use" not in caplog.text:
+                await asyncio.sleep(0.02)
+            await broker.grant("dev-1", "pw-1")
+        while "listens on port" not in caplog.text:
+            await asyncio.sleep(0.02)
+        assert broker_peer(broker.endpoint, ("dev-1", "pw-1")).is_connected
+
+
+async def test_a_child_that_nobody_starts_again_is_an_error(tmp_path: Path) -> None:
+    """The keeper has failed itself: a grant that is only saved would never be in force."""
+    async with running(embedded(tmp_path)) as broker:
+        broker._keeper.cancel()  # type: ignore[attr-defined]
+        broker._child.kill()  # type: ignore[attr-defined]
+        with pytest.raises(BrokerError, match="ended with code -9"):
+            await broker.grant("dev-1", "pw-1")
+
+
 async def test_a_child_that_dies_is_started_again(
     tmp_path: Path, broker_peer: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from petalfl.errors import PetalError
+from petalfl.mqtt import Endpoint
 from petalfl.store import Identity
 from petalfl.vectors import to_bytes
 from server import ranges
@@ -245,6 +246,32 @@ async def test_enrollment_gives_a_login_for_http_and_broker(served: Served) -> N
     assert served.run.state.devices()["car-7"] == ["acc", "gyro"]
     session = await served.json(f"{ROOT}/session", login("car-7", password))
     assert session == {"mqtt_host": "127.0.0.1", "mqtt_port": 1883, "mqtt_is_tls": False}
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("petal.example:8443", "petal.example"),
+        ("petal.example", "petal.example"),
+        ("[::1]:1", "::1"),
+    ],
+)
+async def test_a_broker_with_the_servers_certificate(
+    served: Served, host: str, expected: str
+) -> None:
+    """It is where the server is, under the name by which the device knows it."""
+    _, body = await served.enroll({"device": "car-7", "modalities": ["gyro"]})
+    headers = {**login("car-7", json.loads(body)["password"]), "Host": host}
+    served.broker.endpoint = Endpoint("127.0.0.1", 8883, is_tls=True)
+    session = await served.json(f"{ROOT}/session", headers)
+    assert session == {"mqtt_host": expected, "mqtt_port": 8883, "mqtt_is_tls": True}
+
+
+async def test_a_host_that_is_none(served: Served) -> None:
+    _, body = await served.enroll({"device": "car-7", "modalities": ["gyro"]})
+    headers = {**login("car-7", json.loads(body)["password"]), "Host": "[::1"}
+    status, text = await served.get(f"{ROOT}/session", headers)
+    assert (status, text) == (400, b"the request's Host is '[::1'")
 
 
 async def test_every_device_has_its_own_password(served: Served) -> None:
