@@ -15,6 +15,7 @@ from petalfl.errors import (
 if TYPE_CHECKING:
     from petalfl.client import EdgeClient, RoundInfo, RoundMetrics
     from petalfl.examples import ExampleStore
+    from petalfl.tls import Tls
 else:
 
     def __getattr__(name: str) -> Any:
@@ -37,6 +38,7 @@ __all__ = [
     "RoundInfo",
     "RoundMetrics",
     "StoreError",
+    "Tls",
     "TransportError",
     "WireError",
 ]

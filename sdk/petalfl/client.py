@@ -26,11 +26,12 @@ from petalfl.participation import Participation
 from petalfl.runtime import EngineName, find_runtime
 from petalfl.store import DeviceStore
 from petalfl.threads import Threads
+from petalfl.tls import Tls
 from petalfl.trainer import Data, Trainer
 
 log = logging.getLogger("petalfl.client")
 
-__all__ = ["EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics"]
+__all__ = ["EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
 
 
 class EdgeClient:
@@ -62,11 +63,13 @@ class EdgeClient:
         engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
             insist on that line of packages.
         key: 32 bytes that encrypt the store, see docs/device_store.md.
+        tls: Whom to trust at an ``https`` URL and a broker with TLS, and the device's own
+            certificate, see docs/tls.md; the default is to trust the system's authorities.
         executor: Runs training and downloads; the default is asyncio's.
 
     Raises:
         StoreError: The store is open in another client, or damaged.
-        ValueError: ``url`` or ``device`` is malformed.
+        ValueError: ``url`` or ``device`` is malformed, or a file of ``tls`` cannot be used.
 
     Example:
         >>> client = EdgeClient(url, token=token, data=data, labels=labels, store=path)
@@ -92,6 +95,7 @@ class EdgeClient:
         num_threads: int = 1,
         engine: EngineName = "auto",
         key: bytes | None = None,
+        tls: Tls | None = None,
         executor: Executor | None = None,
     ) -> None:
         self._token = token
@@ -104,7 +108,7 @@ class EdgeClient:
         self._threads = Threads(executor)
         self._store = DeviceStore(Path(store), key)
         try:
-            self._downlink = Downlink(url, federation, self._store, check=self._pacing.check)
+            self._downlink = Downlink(url, federation, self._store, tls, check=self._pacing.check)
             self._trainer = Trainer(self._store, self._callbacks, self._pacing, num_threads, engine)
         except (StoreError, ValueError):
             self._store.close()

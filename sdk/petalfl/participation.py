@@ -88,6 +88,7 @@ class Participation:
             client_id=f"{self._identity.federation}-{self._identity.device}-{secret}",
             will=(self._topic(topics.status), wire.encode(wire.Status(is_online=False))),
             on_connect=self._announce_soon,
+            tls=self._downlink.tls,
         )
         await transport.connect()
         return transport

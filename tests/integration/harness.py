@@ -27,6 +27,7 @@ from examples.android_sim.data import devices
 from petalfl import EdgeClient
 from petalfl.model import ModelManifest
 from petalfl.store import DeviceStore
+from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,7 @@ class Server:
         self.data_dir = data_dir
         self.url = "http://127.0.0.1:0"
         self.token = ""
+        self.tls: Tls | None = None  # of whoever asks it
         self._artifacts = artifacts
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +64,7 @@ class Server:
         runtime_file.unlink(missing_ok=True)  # kill -9 leaves it
         command = [
             sys.executable, "-m", "server", "--artifacts", str(self._artifacts),
-            "--data-dir", str(self.data_dir), "--http", self.url.removeprefix("http://"),
+            "--data-dir", str(self.data_dir), "--http", self.url.partition("://")[2],
             *self._arguments,
         ]  # fmt: skip
         with (self.data_dir / "server.log").open("ab") as log:
@@ -102,7 +104,8 @@ class Server:
         """The JSON at ``/v1/{federation}/{what}``, as the operator sees it or another."""
         headers = {"Authorization": authorization or f"Bearer {self.token}"}
         request = urllib.request.Request(f"{self.url}/v1/{federation}/{what}", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
+        context = self.tls.context() if self.tls else None
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
             return json.load(response)
 
     async def until(self, is_so: Any, what: str) -> None:
@@ -126,9 +129,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(artifacts: Path, data_dir: Path, *arguments: str) -> Iterator[Server]:
+def running_server(
+    artifacts: Path, data_dir: Path, *arguments: str, tls: Tls | None = None
+) -> Iterator[Server]:
     """Runs a server; stops it by SIGINT at the end."""
     server = Server(artifacts, data_dir, arguments)
+    server.tls = tls
     try:
         server.start()
         yield server
@@ -162,9 +168,14 @@ class Device:
 
     def client(self, server: Server, folder: Path, **more: Any) -> EdgeClient:
         """This device, its store below ``folder``."""
-        arguments = {"token": server.token, "data": self.data, "labels": self.labels}
+        arguments: dict[str, Any] = {
+            "token": server.token,
+            "data": self.data,
+            "labels": self.labels,
+        }
         store = folder / self.name
-        return EdgeClient(server.url, store=store, device=self.name, **{**arguments, **more})
+        arguments |= {"tls": server.tls, **more}
+        return EdgeClient(server.url, store=store, device=self.name, **arguments)
 
     def private_blocks(self, artifacts: Path, folder: Path) -> dict[str, Vector]:
         """What its store holds for itself."""
@@ -241,11 +252,12 @@ def read_outcome(artifacts: Path, server: Server, stores: Path) -> Outcome:
 
 
 def run_federation(
-    artifacts: Path, folder: Path, *, num_rounds: int, broker: str = "embedded"
+    artifacts: Path, folder: Path, *flags: str, num_rounds: int, tls: Tls | None = None
 ) -> Outcome:
     """Three devices from the first round to the last, nothing in their way."""
-    arguments = ("--rounds", str(num_rounds), "--broker", broker, *SCHEME)
-    with running_server(artifacts, folder / "server", *arguments) as server, ExitStack() as stack:
+    arguments = ("--rounds", str(num_rounds), *flags, *SCHEME)
+    serving = running_server(artifacts, folder / "server", *arguments, tls=tls)
+    with serving as server, ExitStack() as stack:
         clients = [device.client(server, folder) for device in three_devices()]
         for client in clients:
             stack.enter_context(client)

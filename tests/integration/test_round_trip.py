@@ -264,7 +264,7 @@ def test_a_real_mosquitto_gives_the_same_models(
 ) -> None:
     """Measured difference to the embedded broker: 0."""
     with mosquitto(tmp_path) as url:
-        outcome = run_federation(watch_artifacts, tmp_path, num_rounds=3, broker=url)
+        outcome = run_federation(watch_artifacts, tmp_path, "--broker", url, num_rounds=3)
     outcome.assert_close(undisturbed)
 
 
