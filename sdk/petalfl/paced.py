@@ -20,9 +20,10 @@ def build_opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirecto
     """An opener whose connections must come at `MIN_BYTES_PER_S`, and which follows no redirect.
 
     Args:
-        context: Of ``https`` URLs; None: that of the system.
+        context: Of ``https`` URLs; None: there are none.
     """
-    https = _HttpsHandler(context=context)
+    nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else urllib reads the system's authorities
+    https = _HttpsHandler(context=context or nobody)
     return urllib.request.build_opener(_NoRedirect, _HttpHandler, https)
 
 
