@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from petalfl.data import Labels
 from petalfl.errors import DataError, StoreError
-from petalfl.files import write_atomic
+from petalfl.files import sync_folder, write_atomic
 
 log = logging.getLogger("petalfl.examples")
 
@@ -399,9 +399,13 @@ class ExampleStore:
     def _sync(self) -> None:
         if not self._unflushed:
             return
-        for path in (*{segment.path for segment in self._unflushed}, self.folder):
+        for path in {segment.path for segment in self._unflushed}:
             with _open(path, os.O_RDONLY) as file:
-                os.fsync(file)
+                try:
+                    os.fsync(file)
+                except OSError:  # of what it failed for, a second one would say that it is there
+                    write_atomic(path, path.read_bytes())
+        sync_folder(self.folder)
         self._unflushed = []
 
     def _expire(self) -> None:

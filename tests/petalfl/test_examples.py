@@ -634,6 +634,31 @@ def test_a_torn_record_that_cannot_be_cut_off(
         assert values_of(again) == list(range(1, 65))
 
 
+def test_after_a_flush_that_failed_the_next_one_writes_again(
+    store: ExampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system forgets what it could not write, and would call the same file flushed."""
+    store.append({"acc": [1]}, 1)
+    (segment,) = segments_of(store.folder)
+    before, fsync, failed = segment.stat().st_ino, os.fsync, []
+
+    def fail_once(file: int) -> None:
+        if os.fstat(file).st_ino == before:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    store.flush()
+    assert len(failed) == 1
+    assert segment.stat().st_ino != before
+    store.append({"acc": [2]}, 2)
+    store.close()
+    assert len(failed) == 1
+    with ExampleStore(store.folder) as again:
+        assert values_of(again) == [1, 2]
+
+
 def test_files_deleted_underneath(store: ExampleStore) -> None:
     """No file with a hole takes their place; opened again, the store begins anew."""
     last = store.append({"acc": [1]}, 1)
