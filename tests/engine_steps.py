@@ -110,10 +110,10 @@ def descend(sgd: Graph, x: Vector, gradient: Vector, velocity: Vector) -> tuple[
 
 
 def open_graph(engine: OrtEngine, path: Path) -> Graph:
-    """A graph in a session of the engine, which takes any graph for an optimizer's."""
+    """A graph in a session of the engine."""
     data = path.read_bytes()
     artifact = Artifact(path.name, hashlib.sha256(data).hexdigest(), len(data))
-    return lambda feeds: engine.step(artifact, feeds)
+    return engine._graph(artifact).run
 
 
 def main() -> None:
