@@ -18,7 +18,7 @@ from petalfl.vectors import Vector
 
 from ...matrices import Matrix
 from . import tiles
-from .tiles import read
+from .tiles import Tiling, num_cores, one_blas_thread, read, within_budget
 
 Array: TypeAlias = NDArray[np.float64]
 _TINY = 1e-150  # to divide by
@@ -33,16 +33,11 @@ def canonical(
 ) -> Array:
     """As of `Rules`. Expands every delta once for G, and once for each group of directions."""
     scale = power_of_two_above(deltas)
-    basis = leading_directions(_gram(matrix, deltas, scale), energy)
-    merged = np.empty((basis.shape[1], matrix.num_columns))
-    for some in groups(basis.shape[1], len(deltas) * matrix.num_columns * merged.itemsize):
-        rows = basis[:, some].T.astype(np.float32)
-        coefficients = np.empty((len(deltas), *rows.shape[:1], matrix.num_columns), np.float32)
-        for one, values in zip(coefficients, _scaled(matrix, deltas, scale), strict=True):
-            np.matmul(rows, values, out=one)
-        weights = reliabilities(coefficients, shares, temperature)
-        merged[some] = np.einsum("kr,krn->rn", weights, coefficients)
-    return np.asarray(basis @ merged * scale)
+    with one_blas_thread():
+        basis = leading_directions(_gram(matrix, deltas, scale), energy)
+        return np.asarray(
+            basis @ _merged(matrix, deltas, scale, basis, shares, temperature) * scale
+        )
 
 
 def leading_directions(gram: Array, energy: float) -> Array:
@@ -73,11 +68,11 @@ def reliabilities(coefficients: NDArray[np.floating], shares: Array, temperature
     return np.asarray(scores / scores.sum(axis=0))
 
 
-def groups(num_directions: int, bytes_per_direction: int) -> Iterator[slice]:
-    """Directions whose coefficients fit the budget together."""
-    count = max(1, tiles.BUDGET_BYTES // 2 // bytes_per_direction)
-    for start in range(0, num_directions, count):
-        yield slice(start, min(start + count, num_directions))
+def groups(num_directions: int, num_clients: int, num_columns: int) -> Tiling:
+    """Directions whose coefficients fit the budget together, in float32 and what comes of them."""
+    num_bytes = num_columns * (4 * num_clients + 32)
+    width = min(-(-num_directions // num_cores()), tiles.BUDGET_BYTES // num_bytes // num_cores())
+    return within_budget(num_directions, max(1, width), num_bytes)
 
 
 def power_of_two_above(deltas: Sequence[EncodedDelta]) -> float:
@@ -87,12 +82,44 @@ def power_of_two_above(deltas: Sequence[EncodedDelta]) -> float:
 
 
 def _gram(matrix: Matrix, deltas: Sequence[EncodedDelta], scale: float) -> Array:
-    """Σ D_k D_kᵀ: ``(m, m)``."""
-    total = np.zeros((matrix.num_rows, matrix.num_rows))
-    product = np.empty(total.shape, np.float32)
-    for values in _scaled(matrix, deltas, scale):
-        total += np.matmul(values, values.T, out=product)
-    return total
+    """Σ D_k D_kᵀ: ``(m, m)``; clients are dealt to the threads."""
+    shape = (matrix.num_rows, matrix.num_rows)
+    plan = within_budget(len(deltas), 1, 12 * shape[0] ** 2 + 4 * matrix.size)
+
+    def work(clients: Iterator[slice]) -> Array:
+        total, product = np.zeros(shape), np.empty(shape, np.float32)
+        dealt = [delta for some in clients for delta in deltas[some]]
+        for values in _scaled(matrix, dealt, scale):
+            total += np.matmul(values, values.T, out=product)
+        return total
+
+    return np.asarray(sum(plan.run(work)))
+
+
+def _merged(
+    matrix: Matrix,
+    deltas: Sequence[EncodedDelta],
+    scale: float,
+    basis: Array,
+    shares: Array,
+    temperature: float,
+) -> Array:
+    """C: ``(r, n)``; groups of directions are dealt to the threads."""
+    num_clients, num_columns = len(deltas), matrix.num_columns
+    merged = np.zeros((basis.shape[1], num_columns))
+
+    def work(some_directions: Iterator[slice]) -> None:
+        for some in some_directions:
+            rows = basis[:, some].T.astype(np.float32)
+            coefficients = np.empty((num_clients, len(rows), num_columns), np.float32)
+            for one, values in zip(coefficients, _scaled(matrix, deltas, scale), strict=True):
+                np.matmul(rows, values, out=one)
+            weights = reliabilities(coefficients, shares, temperature)
+            merged[some] = np.einsum("kr,krn->rn", weights, coefficients)
+
+    if merged.size:
+        groups(len(merged), num_clients, num_columns).run(work)
+    return merged
 
 
 def _scaled(matrix: Matrix, deltas: Sequence[EncodedDelta], scale: float) -> Iterator[Vector]:

@@ -42,16 +42,20 @@ class Tiling(NamedTuple):
 
 
 def tiling(deltas: Sequence[EncodedDelta], bytes_per_value: int) -> Tiling:
-    """Tiles that together take `BUDGET_BYTES` at most, however many the updates are.
+    """Tiles of a block that together take `BUDGET_BYTES` at most, however many the updates are.
 
     Args:
         bytes_per_value: What a rule needs for every value in a tile.
     """
-    size, num_updates = deltas[0].size, len(deltas)
-    fitting = max(1, BUDGET_BYTES // (num_updates * bytes_per_value))  # of all threads together
-    width = min(size, fitting, max(ALIGN, TILE_VALUES // num_updates // ALIGN * ALIGN))
-    num_threads = min(num_cores(), fitting // width, -(-size // width))
-    return Tiling(size, width, num_threads)
+    width = max(ALIGN, TILE_VALUES // len(deltas) // ALIGN * ALIGN)
+    return within_budget(deltas[0].size, width, len(deltas) * bytes_per_value)
+
+
+def within_budget(size: int, width: int, num_bytes: int) -> Tiling:
+    """Tiles of up to ``width``, of which each of ``size`` takes so many bytes, and threads."""
+    fitting = max(1, BUDGET_BYTES // num_bytes)  # of all threads together
+    width = min(size, fitting, width)
+    return Tiling(size, width, min(num_cores(), fitting // width, -(-size // width)))
 
 
 def num_cores() -> int:

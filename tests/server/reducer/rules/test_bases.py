@@ -98,6 +98,6 @@ def test_however_many_directions_fit_the_budget(
     deltas = plain(draw(matrix, 7))
     shares = np.full(7, 1 / 7)
     expected = rules.canonical(matrix, deltas, shares, 0.5, 1.0)
-    monkeypatch.setattr(tiles, "BUDGET_BYTES", 2 * 3 * 7 * 50 * 8)  # three directions
+    monkeypatch.setattr(tiles, "BUDGET_BYTES", 3 * 50 * (4 * 7 + 32))  # three directions
     found = rules.canonical(matrix, deltas, shares, 0.5, 1.0)
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
