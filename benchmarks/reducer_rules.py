@@ -68,7 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows:
         head += f"; canonical: of {options.rows} x {options.columns}"
     head += f". Reducer: {backend.name} ({backend.description})."
-    print("\n\n".join([report(rows, is_markdown=options.markdown), head, NOTES, describe_machine("numpy", "torch")]))
+    print(
+        "\n\n".join(
+            [
+                report(rows, is_markdown=options.markdown),
+                head,
+                NOTES,
+                describe_machine("numpy", "torch"),
+            ]
+        )
+    )
     return 0
 
 
