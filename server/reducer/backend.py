@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,9 @@ from petalfl.codecs import Encoded
 
 from .numpy_backend import NumpyBackend
 
-Sum = NDArray[np.float64]  # (size,); of a backend on a device, whatever stands for it there
+log = logging.getLogger("petalfl.server.reducer")
+
+Sum = NDArray[np.float64]  # (size,)
 
 
 class Backend(Protocol):
@@ -39,8 +43,8 @@ class Backend(Protocol):
         """Adds Σ factors[k] · vectors[k] to ``total``, all ``(size,)``."""
 
 
-FORMS = ("auto", "numpy", "numba")  # of ``--reducer``
-_REGEX = r"auto|numpy|numba"
+FORMS = ("auto", "numpy", "numba", "torch", "cuda[:N]")  # of ``--reducer``
+_REGEX = r"auto|numpy|numba|torch|cuda(:[0-9]{1,3})?"
 
 _active: list[Backend] = [NumpyBackend()]
 
@@ -64,21 +68,74 @@ def parse_reducer(text: str) -> str:
 def choose(text: str) -> Backend:
     """The backend that a form of ``--reducer`` names, ready to compute.
 
-    ``auto`` takes what was measured to be the fastest of what is installed: docs/reducer.md.
+    ``auto`` takes a GPU where there is one, then what was measured to be the fastest of what is
+    installed: docs/reducer.md.
 
     Raises:
         ValueError: There is none such here; the message says what is missing.
     """
-    kind = parse_reducer(text)
+    kind, _, index = parse_reducer(text).partition(":")
     if kind == "auto":
-        kind = "numba" if importlib.util.find_spec("numba") else "numpy"
+        return _best()
     if kind == "numpy":
         return NumpyBackend()
-    if importlib.util.find_spec("numba") is None:
-        raise ValueError("reducer numba: numba is not installed; pip install petalfl[fast]")
-    module = importlib.import_module(".numba_backend", __package__)
-    backend: Backend = module.NumbaBackend()
-    return backend
+    if kind == "numba":
+        _expect("numba", "numba", "pip install petalfl[fast]")
+        return _made(".numba_backend", "NumbaBackend")
+    _expect(kind, "torch", "https://pytorch.org says how")
+    if kind == "torch":
+        module = importlib.import_module(".torch_backend", __package__)
+        return _made(
+            ".torch_backend", "TorchBackend", "torch", module.cpu_devices(), _best_of_cpu()
+        )
+    return _cuda(text, index)
+
+
+def _best() -> Backend:
+    if num_gpus() and importlib.util.find_spec("torch"):
+        try:
+            return choose("cuda")
+        except ValueError as error:
+            log.warning("there is a GPU, but --%s; the CPU sums up", error)
+    return _best_of_cpu()
+
+
+def _best_of_cpu() -> Backend:
+    return choose("numba" if importlib.util.find_spec("numba") else "numpy")
+
+
+def _cuda(text: str, index: str) -> Backend:
+    import torch
+
+    found = torch.cuda.device_count() if torch.version.cuda else 0
+    if torch.version.cuda is None:
+        raise ValueError(f"reducer {text}: torch {torch.__version__} is built without CUDA")
+    if not found or (index and int(index) >= found):
+        raise ValueError(f"reducer {text}: torch finds {found} GPUs; choose auto, or another")
+    _expect(text, "triton", "pip install triton")
+    module = importlib.import_module(".cuda_device", __package__)
+    devices = [module.CudaDevice(k) for k in ([int(index)] if index else range(found))]
+    return _made(".torch_backend", "TorchBackend", text, devices, _best_of_cpu())
+
+
+def num_gpus() -> int:
+    """As the driver counts them, without loading torch."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        return count.value if not driver.cuInit(0) | driver.cuDeviceGetCount(count) else 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def _expect(text: str, package: str, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"reducer {text}: {package} is not installed; {remedy}")
+
+
+def _made(module: str, name: str, *arguments: object) -> Backend:
+    """Loaded when it is wanted alone: it may take seconds, and need what is not installed."""
+    made: Backend = getattr(importlib.import_module(module, __package__), name)(*arguments)
+    return made
 
 
 @contextmanager
