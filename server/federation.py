@@ -212,9 +212,13 @@ class Federation:
         self._traffic.add(self._traffic_round, device, block, down=num_bytes)
 
     def flush_traffic(self) -> None:
-        """Writes the traffic counted so far to the state."""
-        self._state.add_traffic(self._traffic.counts)
-        self._traffic.clear()
+        """Writes the traffic counted so far to the state, if the disk takes it."""
+        try:
+            self._state.add_traffic(self._traffic.counts)
+        except sqlite3.Error as error:
+            log.error("cannot write the traffic, which is counted on: %s", error)
+        else:
+            self._traffic.clear()
 
     def _rejected(self, update_id: bytes, refusal: Refusal) -> wire.Receipt:
         self.refused[refusal.kind] += 1

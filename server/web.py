@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -304,6 +305,6 @@ async def _errors_as_text(request: web.Request, handler: Handler) -> web.StreamR
         raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise web.HTTPBadRequest(text=f"no JSON: {error}") from error
-    except PetalError as error:
+    except (PetalError, sqlite3.Error) as error:  # the disk is full, say
         log.error("%s %s failed: %s", request.method, request.path, error)
         raise web.HTTPServiceUnavailable(text=str(error)) from error

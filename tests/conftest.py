@@ -39,6 +39,12 @@ def small_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wider_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of `tests.export.tiny:wider`: as ``small_artifacts``, with a wider head."""
+    return made_once(tmp_path_factory, "wider")
+
+
+@pytest.fixture(scope="session")
 def several_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of `tests.petalfl.torch_models:several`: modalities motion and text."""
     return made_once(tmp_path_factory, "several")

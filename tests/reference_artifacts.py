@@ -14,6 +14,7 @@ from pathlib import Path
 MODELS = {
     "watch": "export.models.har:watch",
     "small": "tests.export.tiny:small",
+    "wider": "tests.export.tiny:wider",
     "several": "tests.petalfl.torch_models:several",
 }
 

@@ -311,6 +311,7 @@ class EdgeClient:
         log.info("%s trains on %s", self._device, find_runtime(self._engine))  # before it enrolls
         trainer, modalities = self._trainer, self._trainer.modalities
         if (identity := trainer.identity) is None:
+            self._store.check_room()  # a device enrolls once
             identity = self._downlink.enroll(self._token, self._device, modalities)
             trainer.identity = identity
         self._downlink.log_in(identity)

@@ -74,3 +74,13 @@ class Pacing:
                 return
             with self._changed:
                 self._changed.wait_for(lambda: self._is_stopping or self._is_paused, POLL_S)
+
+    def rest(self, seconds: float) -> None:
+        """Returns after so long.
+
+        Raises:
+            Stopped: It is to end.
+        """
+        with self._changed:
+            if self._changed.wait_for(lambda: self._is_stopping, seconds):
+                raise Stopped

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -38,6 +38,8 @@ _WAY_OUT = {
     "shared.msgpack": "",
 }
 _TensorName = Annotated[str, Limit(3, 64 + 1 + 256)]  # BLOCK/TENSOR
+MAX_ASIDE = 8  # states of other models that are kept
+_ROOM_BYTES = 4096
 _VectorBytes = Annotated[bytes, Limit(0, 4 * MAX_BLOCK_SIZE)]
 T = TypeVar("T")
 
@@ -81,6 +83,8 @@ class State:
     Attributes:
         residuals: By shared block, what goes into its next update.
         private_tensors: By ``BLOCK/TENSOR`` of a shared block: the device's own values.
+        layout: `petalfl.model.ModelManifest.layout_sha256` of the model that it is of; "" in a
+            store from before this was kept.
     """
 
     round_num: Annotated[int, Limit(0, 1 << 40)] = 0
@@ -90,6 +94,7 @@ class State:
     private_tensors: Annotated[dict[_TensorName, _VectorBytes], Limit(0, 4096)] = field(
         default_factory=dict
     )
+    layout: Annotated[str, Limit(0, 64)] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ class DeviceStore:
                 f"the device store {folder} is open already; give every client its own"
             ) from error
         try:
-            for name in _WAY_OUT:
+            for name in (*_WAY_OUT, *self._names_aside()):
                 self._bring_up_to_date(name)
             if self._seal.has_key:
                 Partials(self._block_folder(False), Seal()).keep_only(())
@@ -169,6 +174,36 @@ class DeviceStore:
     def write_state(self, state: State) -> None:
         """Replaces private blocks and outbox as one."""
         self._write_kept("state.msgpack", state)
+
+    def set_aside(self, state: State) -> Path:
+        """Keeps the private blocks of a model that the server has no longer; returns where.
+
+        Of `MAX_ASIDE` models at most: then those that were set aside first are deleted.
+        """
+        name = _aside(state.layout)
+        path = self.folder / name
+        with _writing(path):
+            path.parent.mkdir(exist_ok=True)
+        self._write(name, _encode(name, plain(replace(state, outbox=()))), None)
+        with _writing(path):
+            kept = sorted(path.parent.glob("*.msgpack"), key=lambda one: one.stat().st_mtime)
+            kept.remove(path)  # the newest, whatever the clock says
+            for oldest in kept[: max(0, len(kept) + 1 - MAX_ASIDE)]:
+                oldest.unlink()
+        return path
+
+    def take_up(self, layout: str) -> State | None:
+        """What was set aside of a model, if anything; it stays there."""
+        return self._read_kept(_aside(layout), State)
+
+    def check_room(self) -> None:
+        """Raises `StoreError` where the disk has no room for what must not be lost."""
+        path = self.folder / "identity.json.tmp"
+        with _writing(path):
+            try:
+                path.write_bytes(bytes(_ROOM_BYTES))
+            finally:
+                path.unlink(missing_ok=True)
 
     def read_shared(self) -> Shared:
         """The shared blocks; none before the first download, or when they are lost."""
@@ -238,7 +273,7 @@ class DeviceStore:
         if newest is None and before is None:
             return None
         fault = f"{path} is {'missing' if newest is None else f'damaged: {newest}'}"
-        if not isinstance(before, bytes) and _WAY_OUT[name]:
+        if not isinstance(before, bytes) and _WAY_OUT.get(name):
             fate = "missing" if before is None else f"damaged: {before}"
             raise StoreError(f"{fault}; {previous.name} is {fate}; {_WAY_OUT[name]}")
         with _writing(path):
@@ -249,7 +284,8 @@ class DeviceStore:
             else:
                 previous.unlink(missing_ok=True)
         if not isinstance(before, bytes):
-            log.warning("%s; it is downloaded again", fault)
+            is_lost = name not in _WAY_OUT
+            log.warning("%s; it is %s", fault, "lost" if is_lost else "downloaded again")
             return None
         log.warning("%s; going on with the one before", fault)
         self._sound.add(name)
@@ -294,6 +330,8 @@ class DeviceStore:
         with _writing(self.folder):
             for name in _WAY_OUT:
                 (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+            for path in self.folder.glob("aside/*.tmp"):
+                path.unlink()
             for path in self.artifacts.rglob("*"):
                 is_of_use = (
                     path.suffix != ".tmp"
@@ -306,11 +344,18 @@ class DeviceStore:
     def _block_folder(self, is_encrypted: bool) -> Path:
         return self.folder / "downloads" / ("blocks-encrypted" if is_encrypted else "blocks")
 
+    def _names_aside(self) -> list[str]:
+        return [f"aside/{path.name}" for path in self.folder.glob("aside/*.msgpack")]
+
     def _previous(self, name: str) -> Path:
         return self.folder / f"{name}.previous"
 
     def _damaged(self, name: str) -> Path:
         return self.folder / f"{name}.damaged"
+
+
+def _aside(layout: str) -> str:
+    return f"aside/{layout[:32] or 'unknown'}.msgpack"
 
 
 def _paths(manifest: ModelManifest) -> Iterator[str]:

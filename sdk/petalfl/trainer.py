@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petalfl import wire
+from petalfl.adoption import adopt
+from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.codecs import KINDS
 from petalfl.data import Labels
-from petalfl.errors import DataError, StoreError, WireError
+from petalfl.errors import DataError, PetalError, StoreError, WireError
 from petalfl.examples import ExampleStore
 from petalfl.local_data import (
     ArrayData,
@@ -28,7 +30,7 @@ from petalfl.local_data import (
     read_example,
 )
 from petalfl.local_model import LocalModel
-from petalfl.model import MANIFEST_NAME, Block, ModelManifest
+from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
 from petalfl.pacing import Pacing
 from petalfl.private_tensors import check_tensors, private_values, put_back
 from petalfl.runtime import EngineName
@@ -38,6 +40,7 @@ from petalfl.updates import make_update
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
 Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore | Sequence[Example]
+BACKOFF_S = (0.5, 30.0)  # between writes to a disk that is full
 
 
 class Trainer:
@@ -77,6 +80,7 @@ class Trainer:
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
         self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
+        self._moved: PetalError | None = None  # to tell the app of
 
     # The data
 
@@ -166,7 +170,10 @@ class Trainer:
         with self._model_lock:
             if self._model is None:
                 self._model = self._load_model()
-            return self._model
+            model, moved, self._moved = self._model, self._moved, None
+        if moved is not None:
+            self._callbacks.survived(moved)  # which may ask for the model: without the lock
+        return model
 
     def reload_model(self) -> None:
         """Takes the artifacts that are in the store now; errors as `model`."""
@@ -217,7 +224,10 @@ class Trainer:
         if vectors:
             kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
             versions = {name: pointer.version for name, pointer in self._pointers.items()}
-            self._store.write_shared(Shared(versions, kept))
+            try:
+                self._store.write_shared(Shared(versions, kept))
+            except StoreError as error:  # they can be downloaded again
+                self._callbacks.survived(error)
 
     def _replace_parameters(self, parameters: Mapping[str, Vector]) -> None:
         model = self.model
@@ -230,9 +240,9 @@ class Trainer:
             raise StoreError(f"the store {self._store.folder} has no model yet: call run() first")
         manifest = ModelManifest.from_json(manifest_bytes)
         check_tensors(manifest, self.identity.private_tensors)
-        held = tuple(
-            b for b in manifest.blocks if self._store.read_file(b.artifacts.eval_model.path)
-        )
+        self.state, moved = adopt(self._store, self.state, manifest)
+        self._moved = moved or self._moved
+        held = tuple(b for b in manifest.blocks if self._is_here(b.artifacts.eval_model))
         model = LocalModel.open(
             manifest, self._store.artifacts, held, self._num_threads, self._engine
         )
@@ -250,6 +260,10 @@ class Trainer:
             if data is not None:
                 parameters[block.name] = self._personal(block, _stored_vector(block, data))
         return model.with_parameters(parameters)
+
+    def _is_here(self, artifact: Artifact) -> bool:
+        """And not of another model, under the same path."""
+        return self._store.file_sha256(artifact.path) == artifact.sha256
 
     def _trained(self, block: Block, shared: Shared) -> bytes | None:
         vectors = shared.vectors if self.is_shared(block) else self.state.private
@@ -271,7 +285,6 @@ class Trainer:
         Raises:
             DataError: Training diverged; nothing has changed.
             Stopped: It was told to end; nothing has changed.
-            StoreError: The disk is full, say.
         """
         assert self.identity is not None
         self._pacing.wait()
@@ -293,8 +306,7 @@ class Trainer:
         except ExampleError as error:  # it may be mended
             return self._left_out(task, error)
         seconds = time.monotonic() - started_s
-        self.state = self._state_after(task, held, before, result, rng)
-        self._store.write_state(self.state)
+        self._keep(self._state_after(task, held, before, result, rng))
         self._replace_parameters(result.parameters)
         self._callbacks.on_metrics(
             RoundMetrics(
@@ -355,7 +367,7 @@ class Trainer:
         }
         return State(
             task.round_num, self.state.private | private, tuple(outbox), residuals,
-            self.state.private_tensors | own,
+            self.state.private_tensors | own, self.state.layout,
         )  # fmt: skip
 
     def make_update(
@@ -375,6 +387,17 @@ class Trainer:
             block, task, result.num_examples, delta, kept, rng, self.identity.private_tensors
         )
 
+    def _keep(self, state: State) -> None:
+        """Writes the state; while the disk has no room for it, tries again, and nothing is sent."""
+        for delay_s in delays(*BACKOFF_S):
+            try:
+                self._store.write_state(state)
+                break
+            except StoreError as error:
+                self._callbacks.survived(error)
+            self._pacing.rest(delay_s)
+        self.state = state
+
     def _on_batch(self, done: int, total: int) -> None:
         self._callbacks.on_progress(done, total)
         self._pacing.wait()
@@ -389,7 +412,10 @@ class Trainer:
     def empty_outbox(self) -> None:
         """Everything has its receipt, or counts no longer."""
         self.state = replace(self.state, outbox=())
-        self._store.write_state(self.state)
+        try:
+            self._store.write_state(self.state)
+        except StoreError as error:  # what comes back with it at a restart counts only once
+            self._callbacks.survived(error)
 
 
 def _stored_vector(block: Block, data: bytes) -> Vector:

@@ -31,7 +31,12 @@ TOLERANCE = 1e-5
 Arrays = dict[str, NDArray[Any]]
 
 
-def small() -> BlockModel:
+def wider() -> BlockModel:
+    """As `small`, but that its head is wider: another layout for the same data."""
+    return small(hidden=9)
+
+
+def small(hidden: int = 8) -> BlockModel:
     """Two encoders, the reference fusion and head; a dropout in three of the four blocks."""
     torch.manual_seed(0)
     return BlockModel(
@@ -42,7 +47,7 @@ def small() -> BlockModel:
                                nn.Linear(18, 4)),
         },
         fusion=AttentionFusion(("a", "b"), d=4, out=6),
-        head=MlpHead(6, len(CLASSES), hidden=8, dropout=0.25),
+        head=MlpHead(6, len(CLASSES), hidden=hidden, dropout=0.25),
         examples={"a": torch.randn(2, 5), "b": torch.randn(2, 2, 8)},
         class_names=CLASSES,
     )  # fmt: skip

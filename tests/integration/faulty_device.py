@@ -71,11 +71,12 @@ def faulty_device(
     """Starts the process; it is killed at the end, or when it hangs.
 
     Args:
-        more: Fields of `Setup`, and ``environment`` of the process.
+        more: Fields of `Setup`, ``environment`` of the process, and a command ``within`` which it
+            is run.
     """
-    environment = {**os.environ, **more.pop("environment", {})}
+    environment, within = {**os.environ, **more.pop("environment", {})}, more.pop("within", ())
     setup = json.dumps(asdict(Setup(url, token, str(store), **more)))
-    command = [sys.executable, "-m", "tests.integration.faulty_device", setup]
+    command = [*within, sys.executable, "-m", "tests.integration.faulty_device", setup]
     with (
         store.with_suffix(".log").open("ab") as log,
         subprocess.Popen(
@@ -97,6 +98,23 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
     assert process.stdout is not None
     for line in process.stdout:
         yield line.strip()
+
+
+def read_until(process: subprocess.Popen[str], start: str) -> str:
+    """Waits for something that begins so, and returns it."""
+    said = []
+    for line in lines_of(process):
+        said.append(line)
+        if line.startswith(start):
+            return line
+    raise AssertionError(f"it never said {start!r}, but {said[-20:]}")
+
+
+def read_to_the_end(process: subprocess.Popen[str]) -> list[str]:
+    """All that is left to say of one that ends in peace."""
+    said = [*lines_of(process)]
+    assert process.wait() == 0, said[-20:]
+    return said
 
 
 def main(setup: Setup) -> None:

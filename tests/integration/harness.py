@@ -128,6 +128,18 @@ class Server:
         return np.concatenate([tensors[p.name].ravel() for p in block.tensors])
 
 
+def assert_counted_once(server: Server, num_rounds: int, num_devices: int) -> None:
+    """Of so many devices with an accelerometer, in every round of a federation that is over."""
+    for what in ("updates", "reports"):
+        rows = server.query(
+            f"SELECT round_num, COUNT(*), COUNT(DISTINCT device) FROM {what} GROUP BY 1"
+        )
+        assert rows == [(n, num_devices, num_devices) for n in range(1, num_rounds + 1)]
+    assert server.get("status")["is_finished"]
+    assert server.get("status")["shared_blocks"]["encoder-acc"] == num_rounds + 1
+    assert "Traceback" not in server.log
+
+
 @contextlib.contextmanager
 def running_server(
     artifacts: Path, data_dir: Path, *arguments: str, tls: Tls | None = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.integration.faulty_device import faulty_device, lines_of
-from tests.integration.harness import SCHEME, Server, running_server
+from tests.integration.faulty_device import faulty_device, read_to_the_end, read_until
+from tests.integration.harness import SCHEME, Server, assert_counted_once, running_server
 from tests.integration.lossy import lossy_proxy
 from tests.mosquitto import free_port, missing_mosquitto, mosquitto
 
@@ -25,34 +24,6 @@ def port_of(url: str) -> int:
 
 def mqtt_port(server: Server) -> int:
     return int(server.query("SELECT value FROM settings WHERE key = 'broker port'")[0][0])
-
-
-def read_until(process: subprocess.Popen[str], line: str) -> None:
-    """Until it says something that begins so."""
-    said = []
-    for one in lines_of(process):
-        said.append(one)
-        if one.startswith(line):
-            return
-    raise AssertionError(f"it never said {line!r}, but {said[-20:]}")
-
-
-def read_to_the_end(process: subprocess.Popen[str]) -> list[str]:
-    """Of a device that ends in peace."""
-    said = [*lines_of(process)]
-    assert process.wait() == 0, said[-20:]
-    return said
-
-
-def assert_counted_once(server: Server, num_rounds: int, num_devices: int) -> None:
-    for what in ("updates", "reports"):
-        rows = server.query(
-            f"SELECT round_num, COUNT(*), COUNT(DISTINCT device) FROM {what} GROUP BY 1"
-        )
-        assert rows == [(n, num_devices, num_devices) for n in range(1, num_rounds + 1)]
-    assert server.get("status")["is_finished"]
-    assert server.get("status")["shared_blocks"]["encoder-acc"] == num_rounds + 1
-    assert "Traceback" not in server.log
 
 
 # The broker, amid an upload

@@ -142,7 +142,7 @@ def test_what_it_may(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(tmp_path, data)["fusion"], X)
 
 
-@pytest.mark.parametrize("model_folder", ["small_artifacts", "watch_artifacts"])
+@pytest.mark.parametrize("model_folder", ["small_artifacts", "several_artifacts"])
 def test_all_graphs_of_an_export(request: pytest.FixtureRequest, model_folder: str) -> None:
     folder: Path = request.getfixturevalue(model_folder)
     manifest = ModelManifest.load(folder)

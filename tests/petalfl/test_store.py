@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from petalfl.errors import StoreError
 from petalfl.schema import plain
 from petalfl.sealed import FORMAT
-from petalfl.store import DeviceStore, Identity, Outgoing, Residual, Shared, State
+from petalfl.store import MAX_ASIDE, DeviceStore, Identity, Outgoing, Residual, Shared, State
 from tests.petalfl.builders import make_block, make_manifest
 
 IDENTITY = Identity("default", "dev-1", "p" * 43, ("fusion", "head"))
@@ -809,3 +810,53 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     assert (tmp_path / "notes.tmp").exists()
     assert_full(store)
     store.close()
+
+
+# States of other models
+
+
+def of_model(number: int) -> State:
+    return State(number, {"head": bytes([number])}, layout=f"{number:064x}"[::-1])
+
+
+def test_a_state_that_was_set_aside_comes_back(tmp_path: Path) -> None:
+    with closing(DeviceStore(tmp_path)) as store:
+        assert store.take_up("0" * 64) is None
+        path = store.set_aside(replace(of_model(1), outbox=(Outgoing(b"m", b"p"),)))
+        assert path.parent == tmp_path / "aside"
+        assert store.take_up(of_model(1).layout) == of_model(1)  # what was to be sent is dropped
+        assert store.take_up(of_model(2).layout) is None
+        store.set_aside(replace(of_model(1), round_num=9))
+    with closing(DeviceStore(tmp_path)) as store:
+        assert store.take_up(of_model(1).layout) == replace(of_model(1), round_num=9)
+
+
+def test_of_many_models_the_newest_stay(tmp_path: Path) -> None:
+    with closing(DeviceStore(tmp_path)) as store:
+        for number in range(MAX_ASIDE + 2):
+            os.utime(store.set_aside(of_model(number)), (number, number))
+        found = [store.take_up(of_model(number).layout) for number in range(MAX_ASIDE + 2)]
+        assert found[:2] == [None, None]
+        assert found[2:] == [of_model(number) for number in range(2, MAX_ASIDE + 2)]
+
+
+def test_what_was_set_aside_is_encrypted_with_the_store(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    with closing(DeviceStore(tmp_path)) as store:
+        path = store.set_aside(State(1, {"head": b"private" * 9}, layout="a" * 64))
+    with closing(DeviceStore(tmp_path, bytes(32))) as store:
+        assert b"private" not in path.read_bytes()
+        assert store.take_up("a" * 64) == State(1, {"head": b"private" * 9}, layout="a" * 64)
+
+
+def test_what_was_set_aside_may_be_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(DeviceStore(tmp_path)) as store:
+        path = store.set_aside(of_model(1))
+    path.write_bytes(path.read_bytes()[:-1])
+    path.with_name("x.msgpack.tmp").touch()
+    with closing(DeviceStore(tmp_path)) as store:
+        assert store.take_up(of_model(1).layout) is None
+    assert "is damaged: its checksum is wrong; it is lost" in caplog.text
+    assert [one.name for one in path.parent.iterdir()] == [f"{path.name}.damaged"]
