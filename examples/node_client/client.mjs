@@ -80,6 +80,10 @@ async function main() {
   const shared = {}; // by block: version, digest, data
 
   const session = JSON.parse(await request("session", login));
+  const isAside = /^(localhost|127\.[\d.]+|::1)$/.test(session.mqtt_host);
+  if (url.startsWith("https:") && !session.mqtt_is_tls && !isAside) {
+    throw new Error("the server has TLS, and its broker none: no password is sent there");
+  }
   const topics = topicsOf(federation, device);
   const offline = encode("status", { is_online: false });
   const secret = createHash("sha256").update(password).digest("hex").slice(0, 16);

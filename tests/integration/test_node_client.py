@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,12 @@ from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest
 from petalfl.schema import plain
 from petalfl.store import Outgoing
+from petalfl.tls import Tls
 from petalfl.trainer import Trainer
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import UpdateManifest, decode
+from tests.certificates import Authority
 from tests.integration.harness import (
     ROOT,
     SCHEME,
@@ -215,7 +218,10 @@ def start(server: Server, device: Device, folder: Path, token: str = "") -> subp
         "--token", token or server.token, "--data", str(data),
         "--store", str(folder / device.name), "--device", device.name,
     ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    trusted = {"NODE_EXTRA_CA_CERTS": str(server.tls.ca)} if server.tls else {}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | trusted
+    )
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float = 30) -> tuple[int, str, str]:
@@ -241,8 +247,11 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def federation(
-    watch_artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+    watch_artifacts: Path, tmp_path_factory: pytest.TempPathFactory, authority: Authority
 ) -> Iterator[Federation]:
+    """Over TLS."""
+    issued = authority.issue("server-of-node")
+    tls = ("--tls-cert", str(issued.certificate), "--tls-key", str(issued.key))
     folder = tmp_path_factory.mktemp("node")
     deltas: dict[bytes, Vector] = {}
     make_update = Trainer.make_update
@@ -259,8 +268,11 @@ def federation(
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(Trainer, "make_update", spy)
         server = stack.enter_context(
-            running_server(watch_artifacts, folder / "server", "--rounds", "3", *SCHEME)
-        )
+            running_server(
+                watch_artifacts, folder / "server", "--rounds", "3", *SCHEME, *tls,
+                tls=Tls(authority.ca),
+            )
+        )  # fmt: skip
         node = start(server, member, folder)
         try:
             clients = [stack.enter_context(other.client(server, folder)) for other in others]
