@@ -82,6 +82,31 @@ def test_mosquitto(
     outcome.assert_close(undisturbed)
 
 
+def test_the_broker_listens_where_http_does(
+    watch_artifacts: Path, tmp_path: Path, authority: Authority
+) -> None:
+    """Beyond 127.0.0.1, because it has TLS; and not there, where nobody asked for it."""
+    words = flags(authority.issue("elsewhere", ("127.0.0.2",)))
+    server = Server(watch_artifacts, tmp_path / "server", words)
+    server.url, server.tls = "https://127.0.0.2:0", Tls(authority.ca)
+    server.start()
+    try:
+        port = broker_port(server, "127.0.0.2")
+        assert name_at(port, server.tls, "127.0.0.2") == "elsewhere"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 10)
+    finally:
+        server.stop()
+
+
+def broker_port(server: Server, host: str) -> int:
+    """The port that the server's greeting names."""
+    wait_until(lambda: "join with" in server.log)
+    found = re.search(rf"^  broker +mqtts://{host}:(\d+)$", server.log, re.MULTILINE)
+    assert found is not None, server.log
+    return int(found[1])
+
+
 # Refusals
 
 
@@ -172,9 +197,7 @@ def test_renewal_while_it_runs(watch_artifacts: Path, tmp_path: Path, authority:
     tls = Tls(authority.ca)
     words = flags(used, "--rounds", "3", *SCHEME, "--log-level", "info")
     with running_server(watch_artifacts, tmp_path / "server", *words, tls=tls) as server:
-        wait_until(lambda: "join with" in server.log)
-        [port] = re.findall(r"^  broker +mqtts://127.0.0.1:(\d+)$", server.log, re.MULTILINE)
-        ports = [urlsplit(server.url).port or 0, int(port)]
+        ports = [urlsplit(server.url).port or 0, broker_port(server, "127.0.0.1")]
 
         def shown() -> list[str]:
             return [name_at(port, tls) for port in ports]
@@ -208,11 +231,11 @@ def install(issued: Issued, to: Issued) -> None:
     shutil.copy(issued.key, to.key)
 
 
-def name_at(port: int, tls: Tls) -> str:
+def name_at(port: int, tls: Tls, host: str = "127.0.0.1") -> str:
     """The common name in the certificate that is shown there."""
     with (
-        socket.create_connection(("127.0.0.1", port), 10) as plain,
-        tls.context().wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+        socket.create_connection((host, port), 10) as plain,
+        tls.context().wrap_socket(plain, server_hostname=host) as secured,
     ):
         certificate: Any = secured.getpeercert()
     return str(dict(name[0] for name in certificate["subject"])["commonName"])
