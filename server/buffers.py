@@ -43,9 +43,17 @@ class Buffer:
 
     Of an aggregator with votes it keeps one by holder instead, whose weight is the mean of its
     updates' weights.
+
+    Args:
+        is_ordered: Keeps the updates, and takes them by device: the result has the same bits in
+            whatever order they arrived.
     """
 
-    def __init__(self, block: Block, aggregator: Aggregator[Any]) -> None:
+    def __init__(
+        self, block: Block, aggregator: Aggregator[Any], *, is_ordered: bool = False
+    ) -> None:
+        self._is_ordered = is_ordered
+        self._kept: list[tuple[BlockUpdate, float]] = []
         self._block = block
         self._aggregator = aggregator
         self._state = aggregator.init(block)
@@ -64,7 +72,9 @@ class Buffer:
 
     def add(self, update: BlockUpdate, weight: float) -> None:
         """Counts an update; that it is counted once is for the caller to see to."""
-        if self._aggregator.has_votes:
+        if self._is_ordered:
+            self._kept.append((update, weight))
+        elif self._aggregator.has_votes:
             vote = self._votes.get(update.device)
             self._votes[update.device] = _merged(vote, update.encoded, weight)
         else:
@@ -75,6 +85,8 @@ class Buffer:
 
     def result(self) -> BlockResult:
         """The aggregate so far; changes nothing."""
+        if self._is_ordered:
+            return self._result_in_order()
         state = self._state
         if self._aggregator.has_votes:
             state = self._aggregator.init(self._block)
@@ -87,6 +99,14 @@ class Buffer:
             self._num_examples,
             tuple(self._update_ids),
         )
+
+    def _result_in_order(self) -> BlockResult:
+        ordered = Buffer(self._block, self._aggregator)
+        for update, weight in sorted(
+            self._kept, key=lambda one: (one[0].device, one[0].round_num, one[0].update_id)
+        ):
+            ordered.add(update, weight)
+        return ordered.result()
 
 
 def _merged(vote: _Vote | None, delta: EncodedDelta, weight: float) -> _Vote:

@@ -55,6 +55,7 @@ class Config:
         aggregator: As `parse_aggregator` reads it; the other rules likewise.
         max_update_norm: A longer update of a block is scaled down to it; 0: never.
         has_scaffold: Blocks travel with control variates.
+        is_deterministic: Updates are kept, and aggregated by device: the same bits in every run.
     """
 
     artifacts: Path
@@ -83,6 +84,7 @@ class Config:
     weighting: str = "examples"
     max_update_norm: float = 0.0
     has_scaffold: bool = False
+    is_deterministic: bool = False
 
     @property
     def is_async(self) -> bool:
@@ -121,6 +123,7 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         seed=value["seed"],
         server_optimizer=_server_optimizer(settings),
         has_scaffold=value["scaffold"],
+        is_deterministic=value["deterministic"],
         **{key: value[key] for key in _AS_THEY_ARE},
     )
     _check(config, settings, manifest)

@@ -294,6 +294,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-update-norm", _from(0), 0.0,
            "scale longer updates of a block down to this norm; 0: never", RULES, "NORM",
            is_reloadable=True),
+    Option("deterministic", _switch, False,
+           "the same updates make the same bits, in whatever order they arrive; keeps all of a "
+           "round's until it closes", RULES, is_reloadable=True),
     Option("optimizer", _one_of(*OPTIMIZERS), "sgd",
            "of the devices, sgd or adamw, with a state that is fresh each round", TRAINING, "NAME",
            is_reloadable=True),

@@ -44,6 +44,7 @@ def round_from_journal(
         weigh=parse_weighting(config.weighting),
         max_staleness=config.max_staleness if config.is_async else 0,
         max_norm=config.max_update_norm,
+        is_deterministic=config.is_deterministic,
     )  # fmt: skip
     for device, assignment in state.newest_tasks(since).items():
         found.assign(device, assignment, deadline_s)

@@ -71,6 +71,7 @@ class Round:
         weigh: An update's examples to its weight, which staleness reduces.
         max_staleness: An update may be based on a version so much older than the newest.
         max_norm: A longer delta is scaled down to it; 0: never.
+        is_deterministic: The order in which updates arrive makes no difference at all.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class Round:
         weigh: Weighting = float,
         max_staleness: int = 0,
         max_norm: float = 0.0,
+        is_deterministic: bool = False,
     ) -> None:
         self.round_num = round_num
         self.cohort: dict[str, Assignment] = {}  # by device, its newest
         self.reports: dict[str, Report] = {}  # by device, on its newest assignment
-        self.buffers = {name: Buffer(block, aggregator) for name, block in blocks.items()}
+        self._is_deterministic = is_deterministic
+        self.buffers = {name: self._buffer(block, aggregator) for name, block in blocks.items()}
         self._open: dict[str, float] = {}  # deadlines of those at work, the earliest first
         self._sent: dict[str, dict[str, bytes]] = {}  # by device and block: an update_id
         self._versions = dict(versions)
@@ -217,7 +220,10 @@ class Round:
     def step(self, block: str, version: int, aggregator: Aggregator[Any]) -> None:
         """The buffer's updates were consumed; the block's newest version is now this one."""
         self._versions[block] = version
-        self.buffers[block] = Buffer(self._blocks[block], aggregator)
+        self.buffers[block] = self._buffer(self._blocks[block], aggregator)
+
+    def _buffer(self, block: Block, aggregator: Aggregator[Any]) -> Buffer:
+        return Buffer(block, aggregator, is_ordered=self._is_deterministic)
 
     # Reports
 

@@ -775,3 +775,20 @@ async def test_one_line_is_logged_per_round(site: Site, caplog: pytest.LogCaptur
         "round 1 closed: loss 0.5000, updates: encoder-acc 1, encoder-gyro 0, fusion 1, head 1"
     )
     assert lines == [expected]
+
+
+async def test_deterministic_rounds_do_not_depend_on_who_is_first(tmp_path: Path) -> None:
+    """By default, too, they hardly ever do; here a float64 sum of another order would show."""
+    values = {"both": 1e17, "watch": -1e17, "phone": 3.0}
+    found = []
+    for k, order in enumerate((["both", "watch", "phone"], ["phone", "both", "watch"])):
+        site = Site(tmp_path / str(k))
+        with site.run(ready=EVERYBODY, min_devices=3, is_deterministic=True) as run:
+            for device in order:
+                run.federation.on_update(make_update(device, "head", values[device]))
+            for device in order:
+                run.federation.on_report(device, make_report(device))
+            await settle()
+            assert run.federation.shared.versions["head"] == 2
+            found.append(to_bytes(run.block("head")))
+    assert found[0] == found[1]

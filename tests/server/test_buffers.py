@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from petalfl.vectors import to_bytes
+from petalfl.wire import BlockUpdate
+from server.aggregators import AGGREGATORS, parse_aggregator
+from server.buffers import Buffer
+from server.reducer import choose, use
+from tests.server.builders import BLOCKS, make_id, make_update
+
+TEXTS = {"trimmed-mean": "trimmed-mean:0.3", "krum": "krum:1", "multi-krum": "multi-krum:1"}
+# Float64 sums of these depend on their order, and so does a tie between equals.
+VALUES = {"a": 1e17, "b": -1e17, "c": 3.0, "d": 3.0, "e": 0.5}
+
+
+def arrivals() -> list[BlockUpdate]:
+    """One update of each device, and a second one of ``c`` in a later task."""
+    made = [make_update(device, "head", np.arange(8) + v) for device, v in VALUES.items()]
+    later = make_update("c", "head", np.arange(8) - 7.25, round_num=2)
+    return [*made, later]
+
+
+def bits(rule: str, order: tuple[BlockUpdate, ...], *, is_ordered: bool) -> bytes:
+    buffer = Buffer(BLOCKS["head"], parse_aggregator(rule), is_ordered=is_ordered)
+    for update in order:
+        buffer.add(update, 1.0)
+    result = buffer.result()
+    assert result.delta is not None and set(result.update_ids) == {u.update_id for u in order}
+    assert (len(buffer), buffer.num_holders) == (6, 5)
+    return to_bytes(result.delta)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+def test_in_order_the_bits_are_the_same_whatever_comes_first(backend: str, name: str) -> None:
+    if backend != "numpy":
+        pytest.importorskip(backend)
+    rule = TEXTS.get(name, name)
+    orders = list(permutations(arrivals()))[::37]
+    with use(choose(backend)):
+        assert len({bits(rule, order, is_ordered=True) for order in orders}) == 1
+
+
+def test_without_it_they_are_not() -> None:
+    """Else the test above would show nothing."""
+    orders = list(permutations(arrivals()))[::37]
+    assert len({bits("weighted-mean", order, is_ordered=False) for order in orders}) > 1
+
+
+def test_updates_of_one_device_and_task_go_by_their_ids() -> None:
+    first = make_update("a", "head", 1e17)
+    order = [replace(first, update_id=make_id(k), encoded=one.encoded)
+             for k, one in enumerate(arrivals())]  # fmt: skip
+    found = set()
+    for several in list(permutations(order))[::53]:
+        buffer = Buffer(BLOCKS["head"], parse_aggregator("weighted-mean"), is_ordered=True)
+        for update in several:
+            buffer.add(update, 1.0)
+        delta = buffer.result().delta
+        assert delta is not None
+        found.add(to_bytes(delta))
+    assert len(found) == 1
