@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load
 
+from petalfl.control_variates import with_sum
 from petalfl.errors import ModelError, StoreError
 from petalfl.http import HttpClient
 from petalfl.model import (
@@ -113,7 +114,10 @@ def server_weights(
     for done, (name, value) in enumerate(found.items()):
         progress(done, len(found))
         version = _read_version(url, value)
-        body = http.get(f"{root}/blocks/{name}/{version}", 4 * blocks[name].size)
+        num_bytes = 4 * with_sum(blocks[name]).size
+        body = http.get(f"{root}/blocks/{name}/{version}", num_bytes)
+        if len(body) == num_bytes:  # with control variates at the end
+            body = body[: 4 * blocks[name].size]
         weights[name] = Weights(_vector(blocks[name], body), f"server, version {version}")
     progress(len(found), len(found))
     return weights

@@ -48,6 +48,12 @@ def with_sums(manifest: ModelManifest) -> ModelManifest:
     return replace(manifest, blocks=tuple(blocks))
 
 
+def correction(total: Vector, num_holders: int, own: Vector) -> Vector:
+    """What a device adds to its gradients: C/N − c_i."""
+    mean = total.astype(np.float64) / num_holders
+    return (mean - own).astype(np.float32)
+
+
 class Corrections:
     """What control variates do to the steps of one round.
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 from petalfl import topics, wire
 from petalfl.backoff import delays
@@ -159,7 +159,7 @@ class Participation:
         """Whether the blocks are here; if not, the server has said something else meanwhile."""
         for delay_s in delays(*BACKOFF_S):
             try:
-                await self._call(self._fetch_blocks, task.blocks)
+                await self._call(self._fetch_blocks, task)
                 break
             except NotThereError as error:  # the server has gone on, or back
                 log.warning("no blocks (%s): asking for another task", error)
@@ -170,12 +170,11 @@ class Participation:
                 return False
         return True
 
-    def _fetch_blocks(self, wanted: Mapping[str, wire.BlockVersion]) -> None:
-        lacking = self._trainer.lacking(wanted)
-        manifest = self._trainer.model.manifest
+    def _fetch_blocks(self, task: wire.Task | wire.Finish) -> None:
+        lacking = self._trainer.lacking(task)
         self._downlink.drop_all_but(lacking.values())
         fetched = {
-            name: self._downlink.fetch_block(manifest.block(name), pointer)
+            name: self._downlink.fetch_block(self._trainer.travelling(name, task), pointer)
             for name, pointer in lacking.items()
         }
         self._trainer.keep_blocks(lacking, fetched)
@@ -187,7 +186,8 @@ class Participation:
             if receipt.status == "rejected":
                 reason = f"the server rejected an update: {receipt.reason}"
                 self._callbacks.survived(WireError(reason))
-            self._trainer.note_delivered(outgoing)
+            is_accepted = receipt.status == "accepted"
+            self._trainer.note_delivered(outgoing, is_accepted=is_accepted)
         await self._call(self._trainer.empty_outbox)
 
 

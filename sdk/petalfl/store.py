@@ -85,6 +85,8 @@ class State:
         private_tensors: By ``BLOCK/TENSOR`` of a shared block: the device's own values.
         layout: `petalfl.model.ModelManifest.layout_sha256` of the model that it is of; "" in a
             store from before this was kept.
+        controls: By shared block: its control variate, as the server knows it.
+        next_controls: What it becomes when the block's update in the outbox is accepted.
     """
 
     round_num: Annotated[int, Limit(0, 1 << 40)] = 0
@@ -95,6 +97,8 @@ class State:
         default_factory=dict
     )
     layout: Annotated[str, Limit(0, 64)] = ""
+    controls: Annotated[dict[Name, _VectorBytes], Limit(0, 128)] = field(default_factory=dict)
+    next_controls: Annotated[dict[Name, _VectorBytes], Limit(0, 128)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

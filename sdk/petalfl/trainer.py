@@ -18,6 +18,7 @@ from petalfl.adoption import adopt
 from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.codecs import KINDS
+from petalfl.control_variates import correction, with_sum
 from petalfl.data import Labels
 from petalfl.errors import DataError, PetalError, StoreError, WireError
 from petalfl.examples import ExampleStore
@@ -32,7 +33,7 @@ from petalfl.local_data import (
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
 from petalfl.pacing import Pacing
-from petalfl.private_tensors import check_tensors, private_values, put_back
+from petalfl.private_tensors import check_tensors, private_values, put_back, withhold
 from petalfl.runtime import EngineName
 from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
 from petalfl.training import TrainingResult, train
@@ -81,6 +82,7 @@ class Trainer:
         self._model_lock = threading.Lock()
         self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
         self._moved: PetalError | None = None  # to tell the app of
+        self._sums: dict[str, Vector] = {}  # of their control variates, if there are any
 
     # The data
 
@@ -196,30 +198,46 @@ class Trainer:
         uploads = task.uploads or () if isinstance(task, wire.Task) else ()
         if unknown := sorted(set(uploads) - task.blocks.keys()):
             raise WireError(f"the server asks for block {unknown[0]} without saying its version")
+        if task.num_holders is not None and task.num_holders.keys() != task.blocks.keys():
+            raise WireError(
+                "the server speaks of control variates of other blocks than it asks for"
+            )
         if foreign := sorted(task.blocks.keys() - shareable):
             raise WireError(
                 f"the server asks for block {foreign[0]}, which this device does not share; "
                 f"it shares {sorted(shareable)}"
             )
 
-    def lacking(self, wanted: Mapping[str, wire.BlockVersion]) -> dict[str, wire.BlockVersion]:
+    def travelling(self, name: str, task: wire.Task | wire.Finish) -> Block:
+        """A block as it comes and goes: with control variates, where there are some."""
+        block = self.model.manifest.block(name)
+        return block if task.num_holders is None else with_sum(block)
+
+    def lacking(self, task: wire.Task | wire.Finish) -> dict[str, wire.BlockVersion]:
         """The versions that are not here.
 
         Of two with one number, the server's backup has been restored in between.
         """
-        return {name: to for name, to in wanted.items() if self._pointers.get(name) != to}
+        return {
+            name: to
+            for name, to in task.blocks.items()
+            if self._pointers.get(name) != to
+            or (task.num_holders is not None and not self._sums[name].size)
+        }
 
     def keep_blocks(
         self, pointers: Mapping[str, wire.BlockVersion], vectors: Mapping[str, Vector]
     ) -> None:
-        """Goes on from downloaded versions, and from those of all other shared blocks."""
-        manifest = self.model.manifest
+        """Goes on from downloaded versions, and from those of all other shared blocks.
+
+        Args:
+            vectors: Of `travelling` blocks.
+        """
+        block = self.model.manifest.block
         base = self._store.read_shared()
-        stored = {n: _stored_vector(manifest.block(n), v) for n, v in base.vectors.items()}
+        stored = {name: _stored_vector(block(name), data) for name, data in base.vectors.items()}
         newest = {**stored, **vectors}
-        self._replace_parameters(
-            {name: self._personal(manifest.block(name), vector) for name, vector in newest.items()}
-        )
+        self._replace_parameters({n: self._received(block(n), v) for n, v in newest.items()})
         self._pointers |= pointers
         if vectors:
             kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
@@ -258,7 +276,7 @@ class Trainer:
             if data is None and not self.is_shared(block):
                 data = self._store.read_file(block.artifacts.parameters.path)
             if data is not None:
-                parameters[block.name] = self._personal(block, _stored_vector(block, data))
+                parameters[block.name] = self._received(block, _stored_vector(block, data))
         return model.with_parameters(parameters)
 
     def _is_here(self, artifact: Artifact) -> bool:
@@ -269,10 +287,28 @@ class Trainer:
         vectors = shared.vectors if self.is_shared(block) else self.state.private
         return vectors.get(block.name)
 
-    def _personal(self, block: Block, vector: Vector) -> Vector:
-        """A shared block's vector with the device's own private tensors; others as they are."""
+    def _received(self, block: Block, vector: Vector) -> Vector:
+        """A block's vector with the device's own private tensors, without control variates."""
+        vector, self._sums[block.name] = np.split(vector, [block.size])
         own = {n: from_bytes(v, len(v) // 4) for n, v in self.state.private_tensors.items()}
         return put_back(block, own, vector)
+
+    def _control(self, block: Block) -> Vector:
+        """The device's own control variate of a shared block; zeros before the first."""
+        kept = self.state.controls.get(block.name)
+        if kept is None or len(kept) != 4 * block.num_trainable:  # of a model before this one
+            return np.zeros(block.num_trainable, np.float32)
+        return from_bytes(kept, block.num_trainable)
+
+    def _corrections(self, task: wire.Task) -> dict[str, Vector]:
+        """By block with control variates."""
+        assert self.identity is not None
+        found = {}
+        for name, num_holders in (task.num_holders or {}).items():
+            block = self.model.manifest.block(name)
+            towards = correction(self._sums[name], num_holders, self._control(block))
+            found[name] = withhold(block, self.identity.private_tensors, towards)
+        return found
 
     # Rounds
 
@@ -301,7 +337,7 @@ class Trainer:
         try:
             result = train(
                 model.engine, model.manifest, before, data, task.hyperparameters, rng,
-                shared=task.blocks, on_batch=self._on_batch,
+                shared=task.blocks, corrections=self._corrections(task), on_batch=self._on_batch,
             )  # fmt: skip
         except ExampleError as error:  # it may be mended
             return self._left_out(task, error)
@@ -343,9 +379,11 @@ class Trainer:
         rng: np.random.Generator,
     ) -> State:
         uploads = task.blocks if task.uploads is None else task.uploads
-        outbox, residuals = [], dict(self.state.residuals)
+        outbox, residuals, controls = [], dict(self.state.residuals), {}
         for block in held:
             if block.name in uploads:
+                if task.num_holders is not None:
+                    controls[block.name] = to_bytes(self._next_control(block, result))
                 update, left = self.make_update(block, task, result, before[block.name], rng)
                 outbox.append(update)
                 residuals.pop(block.name, None)
@@ -367,8 +405,15 @@ class Trainer:
         }
         return State(
             task.round_num, self.state.private | private, tuple(outbox), residuals,
-            self.state.private_tensors | own, self.state.layout,
+            self.state.private_tensors | own, self.state.layout, self.state.controls, controls,
         )  # fmt: skip
+
+    def _next_control(self, block: Block, result: TrainingResult) -> Vector:
+        assert self.identity is not None
+        mean = result.mean_gradients.get(block.name)
+        if mean is None:
+            return self._control(block)
+        return withhold(block, self.identity.private_tensors, mean)
 
     def make_update(
         self,
@@ -382,9 +427,18 @@ class Trainer:
         if self.identity is None or not self.is_shared(block):
             raise ValueError(f"block {block.name} is not shared: it cannot become an update")
         delta = result.parameters[block.name] - before
+        if task.num_holders is not None:
+            change = self._next_control(block, result) - self._control(block)
+            delta = np.concatenate([delta, change])
         kept = self.state.residuals.get(block.name)
         return make_update(
-            block, task, result.num_examples, delta, kept, rng, self.identity.private_tensors
+            self.travelling(block.name, task),
+            task,
+            result.num_examples,
+            delta,
+            kept,
+            rng,
+            self.identity.private_tensors,
         )
 
     def _keep(self, state: State) -> None:
@@ -404,14 +458,18 @@ class Trainer:
 
     # The outbox
 
-    def note_delivered(self, outgoing: Outgoing) -> None:
+    def note_delivered(self, outgoing: Outgoing, *, is_accepted: bool) -> None:
         """Something has its receipt; on disk it stays until the outbox is empty."""
         rest = tuple(other for other in self.state.outbox if other != outgoing)
-        self.state = replace(self.state, outbox=rest)
+        controls, message = self.state.controls, wire.decode(outgoing.message)
+        if is_accepted and isinstance(message, wire.UpdateManifest):
+            next_one = self.state.next_controls.get(message.block)
+            controls = controls | ({} if next_one is None else {message.block: next_one})
+        self.state = replace(self.state, outbox=rest, controls=controls)
 
     def empty_outbox(self) -> None:
         """Everything has its receipt, or counts no longer."""
-        self.state = replace(self.state, outbox=())
+        self.state = replace(self.state, outbox=(), next_controls={})
         try:
             self._store.write_state(self.state)
         except StoreError as error:  # what comes back with it at a restart counts only once
@@ -420,7 +478,8 @@ class Trainer:
 
 def _stored_vector(block: Block, data: bytes) -> Vector:
     try:
-        return from_bytes(data, block.size)
+        has_sum = len(data) > 4 * block.size
+        return from_bytes(data, (with_sum(block) if has_sum else block).size)
     except ValueError as error:
         raise StoreError(
             f"the stored parameters of block {block.name} do not fit the model: {error}"

@@ -139,10 +139,10 @@ def test_of_a_version_with_another_digest_the_new_one_is_fetched(
 
     monkeypatch.setattr(Downlink, "fetch_block", fetch_block)
     taking_part = part_of(again)
-    taking_part._fetch_blocks(known)
+    taking_part._fetch_blocks(wire.Finish(known))
     assert fetched == []
     other = wire.BlockVersion(known["encoder-a"].version, "0" * 64)
-    taking_part._fetch_blocks(known | {"encoder-a": other})
+    taking_part._fetch_blocks(wire.Finish(known | {"encoder-a": other}))
     assert fetched == [other]
     assert again._trainer._pointers == known | {"encoder-a": other}
 
