@@ -216,8 +216,8 @@ class Hearing(Participation):
         if self.answer is not None:
             self._inbox.put(self.answer)
 
-    def _fetch_blocks(self, wanted: Any) -> None:
-        self.tried.append(wanted["head"].version)
+    def _fetch_blocks(self, task: wire.Task | wire.Finish) -> None:
+        self.tried.append(task.blocks["head"].version)
         if self.tried[-1] not in self.served:
             raise NotThereError("404")
 
