@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import signal
+import ssl
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +116,12 @@ async def serve(
             token = effective.federations[name]["token"].value
             token = token or state.setting("token", secrets.token_urlsafe(24))
             apps.append(WebApp(federation, state, broker, gateway, token))
-        certificate = _Certificate(tls, broker) if tls else None
-        url = await _listen(build_app(apps), effective.server["http"].value, stack, certificate)
+        certificates = _Certificates(tls, broker)
+        address = effective.server["http"].value
+        url = await _listen(build_app(apps), address, stack, certificates.context)
         for app in apps:
             app.source.federation.start(app.source.gateway)
-        reloading = _Reloading(effective, federations, again, certificate)
+        reloading = _Reloading(effective, federations, again, certificates.renew)
         loop.add_signal_handler(signal.SIGHUP, reloading.run)
         _write_runtime(url, apps, effective.server["data_dir"].value, stack)
         for app in apps:
@@ -157,21 +159,22 @@ def _in_background(work: Coroutine[None, None, None], complaint: str) -> None:
 _BACKGROUND: set[asyncio.Task[None]] = set()
 
 
-class _Certificate:
-    """The server's certificate in use, at HTTP and the embedded broker."""
+class _Certificates:
+    """Those in use: the server's own, if it has one, and what it shows its broker."""
 
-    def __init__(self, tls: ServerTls, broker: Broker) -> None:
-        self.context = tls.context()
+    def __init__(self, tls: ServerTls | None, broker: Broker) -> None:
+        self.context = tls.context() if tls else None
         self._tls, self._broker = tls, broker
 
     def renew(self) -> None:
-        """Reads it again for the connections to come; a damaged one is not used."""
-        try:
-            self._tls.renew(self.context)
-        except ValueError as error:
-            log.error("the certificate in use stays: %s", error)
-            return
-        log.info("the certificate is read again from %s", self._tls.certificate)
+        """Reads them again for the connections to come; damaged ones are not used."""
+        if self._tls is not None and self.context is not None:
+            try:
+                self._tls.renew(self.context)
+            except ValueError as error:
+                log.error("the certificate in use stays: %s", error)
+                return
+            log.info("the certificate is read again from %s", self._tls.certificate)
         _in_background(self._broker.renew_certificate(), "the broker keeps its certificate")
 
 
@@ -210,13 +213,12 @@ async def _listen(
     app: web.Application,
     address: str,
     stack: contextlib.AsyncExitStack,
-    certificate: _Certificate | None = None,
+    context: ssl.SSLContext | None = None,
 ) -> str:
     host, port = _host_and_port(address)
     runner = web.AppRunner(app, handle_signals=False)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    context = certificate.context if certificate else None
     site = web.TCPSite(runner, host, port, ssl_context=context)
     try:
         await site.start()
@@ -225,7 +227,7 @@ async def _listen(
             f"cannot listen on {address}: {error.strerror}; choose another --http HOST:PORT"
         ) from error
     bound = runner.addresses[0][1]
-    return f"{'https' if certificate else 'http'}://{host}:{bound}"
+    return f"{'https' if context else 'http'}://{host}:{bound}"
 
 
 def _write_runtime(
@@ -269,9 +271,9 @@ class _Reloading:
         effective: Effective,
         federations: Mapping[str, Federation],
         again: Callable[[], Effective],
-        certificate: _Certificate | None = None,
+        renew_certificates: Callable[[], None] = lambda: None,
     ) -> None:
-        self._certificate = certificate
+        self._renew_certificates = renew_certificates
         self._in_force = dict(effective.federations)
         self._federations = federations
         self._again = again
@@ -279,10 +281,9 @@ class _Reloading:
     def run(self) -> None:
         """Reads the settings again; where they are impossible, they all stay as they are.
 
-        The certificate, whose file's name stays, is read again either way.
+        The certificates, whose files' names stay, are read again either way.
         """
-        if self._certificate is not None:
-            self._certificate.renew()
+        self._renew_certificates()
         try:
             new = self._again()
             if new.federations.keys() != self._in_force.keys():

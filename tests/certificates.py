@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class Issued:
 
     certificate: Path
     key: Path
+
+    def install(self, other: Issued) -> None:
+        """Takes the place of what these files hold."""
+        shutil.copy(other.certificate, self.certificate)
+        shutil.copy(other.key, self.key)
 
 
 class Authority:

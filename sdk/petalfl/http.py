@@ -43,8 +43,8 @@ class HttpClient:
             raise ValueError(f"found the server URL {url!r}, expected http(s)://host:port")
         self._url = url.rstrip("/")
         self.is_tls, self._tls = parts.scheme == "https", tls or Tls()
-        context = self._tls.context() if self.is_tls or tls is not None else None
-        self._opener = build_opener(context)
+        self._context = self._tls.context() if self.is_tls or tls is not None else None
+        self._opener = build_opener(self._context)
         self._authorization = ""
 
     def use_token(self, token: str) -> None:
@@ -130,6 +130,8 @@ class HttpClient:
             raise kind(f"{self._url}{path}: {error.code} {reason or error.reason}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = self._cause(error)
+            if self._context is not None:  # the next try may be with a renewed certificate
+                self._tls.renew(self._context)
             raise TransportError(f"no petalfl server answers at {self._url}: {cause}") from error
         with response:
             yield response

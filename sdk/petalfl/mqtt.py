@@ -77,6 +77,7 @@ class MqttTransport:
     ) -> None:
         self._endpoint = endpoint
         self._tls = tls or Tls()
+        self._context: ssl.SSLContext | None = None
         self._on_reconnect = on_connect
         self._timeout_s = timeout_s
         self._handlers: dict[str, Handler] = {}
@@ -114,9 +115,10 @@ class MqttTransport:
         """
         if self._endpoint.is_tls:
             try:
-                self._client.tls_set_context(self._tls.context())
+                self._context = self._tls.context()
             except ValueError as error:
                 raise TransportError(str(error)) from error
+            self._client.tls_set_context(self._context)
         await self._connect_once()
         self._keeper = asyncio.create_task(self._keep_connected())
 
@@ -197,6 +199,8 @@ class MqttTransport:
             await self._lost.wait()
             for delay_s in delays(*BACKOFF_S):
                 await asyncio.sleep(delay_s)
+                if self._context is not None:
+                    self._tls.renew(self._context)
                 try:
                     await self._connect_once()
                     break

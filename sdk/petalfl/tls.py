@@ -6,11 +6,13 @@ Certificates and host names are always checked; nothing here turns that off.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import ssl
 from dataclasses import dataclass
 from typing import TypeAlias
 
+log = logging.getLogger("petalfl.tls")
 FilePath: TypeAlias = str | os.PathLike[str]
 
 
@@ -46,6 +48,24 @@ class Tls:
         if self.certificate is not None:
             show(context, self.certificate, self.key)
         return context
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Reads the files again, for the connections to come.
+
+        Where they cannot be used, everything stays as it is, and the log says so. An authority
+        that has gone stays trusted: OpenSSL forgets none.
+        """
+        if self == Tls():
+            return
+        try:
+            self.context()  # or a wrong key would leave half of each
+        except ValueError as error:
+            log.warning("the certificates in use stay: %s", error)
+            return
+        if self.ca is not None:
+            trust(context, self.ca)
+        if self.certificate is not None:
+            show(context, self.certificate, self.key)
 
 
 def is_loopback(host: str) -> bool:

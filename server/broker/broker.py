@@ -39,7 +39,7 @@ class Broker(Protocol):
         """Where devices connect that have reached the server's HTTP as ``host``."""
 
     async def renew_certificate(self) -> None:
-        """Read the broker's certificate again, if it is the server's; ValueError: it is damaged."""
+        """Read the certificates again that the server gives to it or trusts in it."""
 
     async def close(self) -> None:
         """Release what `start` acquired; logins stay."""

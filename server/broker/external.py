@@ -74,7 +74,9 @@ class ExternalBroker:
         return self.endpoint
 
     async def renew_certificate(self) -> None:
-        """Nothing to do: the certificate is the broker's own."""
+        """The broker's own is its own affair; here it is what the server trusts and shows."""
+        if self.context is not None:
+            self.tls.renew(self.context)
 
     async def close(self) -> None:
         """Nothing to release: every exchange has its own short connection."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import signal
 import socket
 import time
@@ -193,7 +192,7 @@ def copy_of(server: Server, url: str) -> Server:
 def test_renewal_while_it_runs(watch_artifacts: Path, tmp_path: Path, authority: Authority) -> None:
     """At HTTP and at the broker, and a damaged one at neither; devices go on meanwhile."""
     used = Issued(tmp_path / "server.pem", tmp_path / "server.key")
-    install(authority.issue("first"), used)
+    used.install(authority.issue("first"))
     tls = Tls(authority.ca)
     words = flags(used, "--rounds", "3", *SCHEME, "--log-level", "info")
     with running_server(watch_artifacts, tmp_path / "server", *words, tls=tls) as server:
@@ -203,7 +202,7 @@ def test_renewal_while_it_runs(watch_artifacts: Path, tmp_path: Path, authority:
             return [name_at(port, tls) for port in ports]
 
         assert shown() == ["first", "first"]
-        install(authority.issue("second"), used)
+        used.install(authority.issue("second"))
         os.kill(server.pid, signal.SIGHUP)
         wait_until(lambda: shown() == ["second", "second"])
         used.key.write_bytes(b"")
@@ -224,11 +223,6 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < give_up_s
         time.sleep(0.05)
-
-
-def install(issued: Issued, to: Issued) -> None:
-    shutil.copy(issued.certificate, to.certificate)
-    shutil.copy(issued.key, to.key)
 
 
 def name_at(port: int, tls: Tls, host: str = "127.0.0.1") -> str:

@@ -25,7 +25,7 @@ from petalfl.errors import TransportError
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.tls import Tls
 from server.broker import Broker, open_broker
-from tests.certificates import Authority
+from tests.certificates import Authority, Issued
 from tests.mosquitto import missing_mosquitto, mosquitto
 
 CHUNK = 120 * 1024
@@ -88,7 +88,7 @@ class Cable:
         self.num_bytes, self.cut_after_bytes = 0, 1 << 62
         self.is_flowing = asyncio.Event()  # when not, what comes is kept and then sent as one
         self.is_flowing.set()
-        self._tls = tls
+        self.tls = tls
         self._server: asyncio.Server | None = None
         self._ends: set[asyncio.StreamWriter] = set()
         self._relays: set[asyncio.Task[None]] = set()
@@ -99,7 +99,7 @@ class Cable:
 
     async def plug(self) -> None:
         self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", self.port, limit=1 << 20, ssl=self._tls
+            self._accept, "127.0.0.1", self.port, limit=1 << 20, ssl=self.tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -662,15 +662,20 @@ async def test_100_clients_on_one_loop(tmp_path: Path, stack: AsyncExitStack) ->
 @pytest.fixture
 async def tls_cable(broker: Broker, stack: AsyncExitStack, authority: Authority) -> Cable:
     """Asks for certificates, and takes those of `authority`."""
-    issued = authority.issue("broker", ("127.0.0.1",))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(issued.certificate, issued.key)
-    context.load_verify_locations(authority.ca)
-    context.verify_mode = ssl.CERT_REQUIRED
-    cable = Cable(broker.endpoint.port, context)
+    cable = Cable(broker.endpoint.port, tls_of(authority, authority.ca))
     await cable.plug()
     stack.push_async_callback(cable.pull)
     return cable
+
+
+def tls_of(authority: Authority, client_ca: Path) -> ssl.SSLContext:
+    """A server with a certificate of one authority, which asks for those of another."""
+    issued = authority.issue("broker", ("127.0.0.1",))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(issued.certificate, issued.key)
+    context.load_verify_locations(client_ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 @pytest.mark.usefixtures("is_quick")
@@ -709,6 +714,30 @@ async def test_tls(
     tls_cable.cut()
     await until(lambda: bool(calls), "on_connect")
     await device.publish(UP, b"again")
+
+
+@pytest.mark.usefixtures("is_quick")
+async def test_a_certificate_that_is_renewed_amid_a_break(
+    tls_cable: Cable, authority: Authority, stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    """The broker takes those of another authority from now on."""
+    used = Issued(tmp_path / "device.pem", tmp_path / "device.key")
+    used.install(authority.issue("dev-1"))
+    device = MqttTransport(
+        Endpoint("127.0.0.1", tls_cable.port, is_tls=True),
+        login=LOGIN,
+        client_id="dev-1",
+        tls=Tls(authority.ca, used.certificate, used.key),
+    )
+    stack.push_async_callback(device.close)
+    await device.connect()
+    await device.publish(UP, b"before")
+    await tls_cable.pull()
+    other = Authority(tmp_path / "other")
+    used.install(other.issue("dev-1"))
+    tls_cable.tls = tls_of(authority, other.ca)
+    await tls_cable.plug()
+    await device.publish(UP, b"after")
 
 
 async def test_a_broker_that_is_not_trusted(

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -168,6 +169,55 @@ def test_a_server_that_asks_for_a_certificate(
     for own in (authority.issue("expired-device", ends=-DAY / 2), other):
         message = refusal(url, Tls(authority.ca, own.certificate, own.key))
         assert f"may not accept {own.certificate}: is it expired, or of another" in message
+
+
+# Renewal
+
+
+def test_a_renewed_certificate_is_taken(
+    serve: Serve, authority: Authority, issued: Issued, tmp_path: Path
+) -> None:
+    """By the try after the one that the old one was refused at."""
+    url = serve(issued, authority.ca)
+    used = Issued(tmp_path / "device.pem", tmp_path / "device.key")
+    used.install(authority.issue("expired-device", ends=-DAY / 2))
+    client = HttpClient(url, Tls(authority.ca, used.certificate, used.key))
+    used.install(authority.issue("device"))
+    with pytest.raises(TransportError, match="may not accept"):
+        client.get("/x", 1)
+    assert client.get("/x", 1) == b"1"
+
+
+def test_a_damaged_renewal_is_not(
+    serve: Serve,
+    authority: Authority,
+    issued: Issued,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = serve(issued, authority.ca)
+    used = Issued(tmp_path / "device.pem", tmp_path / "device.key")
+    used.install(authority.issue("device"))
+    tls = Tls(authority.ca, used.certificate, used.key)
+    context = tls.context()
+    used.certificate.write_bytes(authority.issue("other").certificate.read_bytes())  # not its key
+    tls.renew(context)
+    assert "the certificates in use stay: " in caplog.text
+    with urllib.request.urlopen(url, timeout=10, context=context) as response:
+        assert response.read() == b"1"
+
+
+def test_a_new_authority_is_trusted(
+    serve: Serve, authority: Authority, issued: Issued, tmp_path: Path
+) -> None:
+    url = serve(issued)
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(Authority(tmp_path / "old").ca.read_bytes())
+    client = HttpClient(url, Tls(ca))
+    ca.write_bytes(ca.read_bytes() + authority.ca.read_bytes())
+    with pytest.raises(TransportError, match="no authority that is trusted"):
+        client.get("/x", 1)
+    assert client.get("/x", 1) == b"1"
 
 
 # Files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import ssl
 import threading
@@ -57,30 +56,26 @@ def test_versions_and_clients(authority: Authority, issued: Issued) -> None:
 
 def test_renewal(authority: Authority, tmp_path: Path) -> None:
     first, second = authority.issue("first"), authority.issue("second")
-    tls = ServerTls(tmp_path / "cert.pem", tmp_path / "cert.key")
-    install(first, tls)
+    used = Issued(tmp_path / "cert.pem", tmp_path / "cert.key")
+    tls = ServerTls(used.certificate, used.key)
+    used.install(first)
     context = tls.context()
     assert shown_by(context, authority) == "first"
-    install(second, tls)
+    used.install(second)
     assert shown_by(context, authority) == "first"
     tls.renew(context)
     assert shown_by(context, authority) == "second"
 
 
 def test_a_damaged_renewal_leaves_things_as_they_are(authority: Authority, tmp_path: Path) -> None:
-    tls = ServerTls(tmp_path / "cert.pem", tmp_path / "cert.key")
-    install(authority.issue("first"), tls)
+    used = Issued(tmp_path / "cert.pem", tmp_path / "cert.key")
+    tls = ServerTls(used.certificate, used.key)
+    used.install(authority.issue("first"))
     context = tls.context()
-    shutil.copy(authority.issue("second").certificate, tls.certificate)  # and no key
+    used.certificate.write_bytes(authority.issue("second").certificate.read_bytes())  # no key
     with pytest.raises(ValueError, match="the key is of another certificate"):
         tls.renew(context)
     assert shown_by(context, authority) == "first"
-
-
-def install(issued: Issued, tls: ServerTls) -> None:
-    assert tls.key is not None
-    shutil.copy(issued.certificate, tls.certificate)
-    shutil.copy(issued.key, tls.key)
 
 
 def shown_by(context: ssl.SSLContext, authority: Authority) -> str:
@@ -222,19 +217,18 @@ async def test_a_child_that_dies_comes_back_on_both_ports(
 async def test_a_renewed_certificate(
     tmp_path: Path, authority: Authority, stack: AsyncExitStack, broker_peer: Connect
 ) -> None:
-    tls = ServerTls(tmp_path / "cert.pem", tmp_path / "cert.key")
-    install(authority.issue("first"), tls)
-    assert tls.key is not None
-    broker = await started(embedded(tmp_path, Issued(tls.certificate, tls.key)), stack)
+    used = Issued(tmp_path / "cert.pem", tmp_path / "cert.key")
+    used.install(authority.issue("first"))
+    broker = await started(embedded(tmp_path, used), stack)
     endpoint = broker.device_endpoint("127.0.0.1")
     device = broker_peer(endpoint, DEVICE, tls=Tls(authority.ca))
     assert common_name(device._client.socket()) == "first"  # type: ignore[arg-type]
-    install(authority.issue("second"), tls)
+    used.install(authority.issue("second"))
     await broker.renew_certificate()
     other = broker_peer(endpoint, DEVICE, tls=Tls(authority.ca))
     assert common_name(other._client.socket()) == "second"  # type: ignore[arg-type]
     assert device.subscribe("fl/v1/f/down/dev-1/+") == [True]  # connections stay
-    tls.key.write_bytes(b"")
+    used.key.write_bytes(b"")
     with pytest.raises(BrokerError, match="no certificate with its key"):
         await broker.renew_certificate()
     last = broker_peer(endpoint, DEVICE, tls=Tls(authority.ca))
