@@ -13,6 +13,7 @@ from petalfl.errors import (
 )
 
 if TYPE_CHECKING:
+    from petalfl.budgets import Budgets
     from petalfl.client import EdgeClient, RoundInfo, RoundMetrics
     from petalfl.examples import ExampleStore
     from petalfl.tls import Tls
@@ -29,6 +30,7 @@ else:
 
 
 __all__ = [
+    "Budgets",
     "DataError",
     "EdgeClient",
     "EnrollError",

@@ -28,6 +28,7 @@ class RoundMetrics:
         num_examples: Of the device's data; its weight in the mean.
         num_steps: Batches trained on.
         seconds: From the first batch to the last, pauses included.
+        is_complete: Whether it went on to its end; if not, a budget ended it.
     """
 
     round_num: int
@@ -35,6 +36,7 @@ class RoundMetrics:
     num_examples: int
     num_steps: int
     seconds: float
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

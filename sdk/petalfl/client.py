@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from petalfl import topics
+from petalfl.budgets import Budgets
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.data import Labels
 from petalfl.downlink import Downlink, Session
@@ -31,7 +32,7 @@ from petalfl.trainer import Data, Trainer
 
 log = logging.getLogger("petalfl.client")
 
-__all__ = ["EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
+__all__ = ["Budgets", "EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
 
 
 class EdgeClient:
@@ -59,6 +60,7 @@ class EdgeClient:
         should_train: Asked, on the training thread, before and between batches. While it says
             False, training rests where it is, and it is asked again every few seconds: is the
             device charging, idle, cool?
+        budgets: What a round may take of time and memory.
         num_threads: Of each ONNX Runtime session.
         engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
             insist on that line of packages.
@@ -92,6 +94,7 @@ class EdgeClient:
         on_metrics: Callable[[RoundMetrics], None] = lambda metrics: None,
         on_error: Callable[[PetalError], None] = lambda error: None,
         should_train: Callable[[], bool] = lambda: True,
+        budgets: Budgets | None = None,
         num_threads: int = 1,
         engine: EngineName = "auto",
         key: bytes | None = None,
@@ -109,7 +112,10 @@ class EdgeClient:
         self._store = DeviceStore(Path(store), key)
         try:
             self._downlink = Downlink(url, federation, self._store, tls, check=self._pacing.check)
-            self._trainer = Trainer(self._store, self._callbacks, self._pacing, num_threads, engine)
+            self._trainer = Trainer(
+                self._store, self._callbacks, self._pacing, budgets or Budgets(), num_threads,
+                engine,
+            )  # fmt: skip
         except (StoreError, ValueError):
             self._store.close()
             raise

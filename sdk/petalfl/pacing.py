@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 POLL_S = 5.0  # how often `should_train` is asked while it says no
@@ -23,6 +24,7 @@ class Pacing:
         self._should_train = should_train
         self._changed = threading.Condition()
         self._is_stopping = self._is_paused = False
+        self.rested_s = 0.0  # in `wait`, so far
 
     @property
     def is_paused(self) -> bool:
@@ -67,13 +69,19 @@ class Pacing:
         """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or not self._is_paused)
+                self._wait_for(lambda: self._is_stopping or not self._is_paused)
                 if self._is_stopping:
                     raise Stopped
             if self._should_train():  # the app's own code: without the lock
                 return
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._is_paused, POLL_S)
+                self._wait_for(lambda: self._is_stopping or self._is_paused, POLL_S)
+
+    def _wait_for(self, is_so: Callable[[], bool], timeout_s: float | None = None) -> None:
+        if not is_so():
+            begun_s = time.monotonic()
+            self._changed.wait_for(is_so, timeout_s)
+            self.rested_s += time.monotonic() - begun_s
 
     def rest(self, seconds: float) -> None:
         """Returns after so long.

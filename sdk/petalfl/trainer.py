@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from petalfl import wire
 from petalfl.adoption import adopt
 from petalfl.backoff import delays
+from petalfl.budgets import Budgets, fit_memory
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.codecs import KINDS
 from petalfl.control_variates import correction, with_sum
@@ -50,6 +51,7 @@ class Trainer:
     Args:
         store: Open; it stays its owner's to close.
         pacing: Asked before and between batches.
+        budgets: Of time and memory.
         num_threads: Of each ONNX Runtime session.
 
     Attributes:
@@ -66,6 +68,7 @@ class Trainer:
         store: DeviceStore,
         callbacks: Callbacks,
         pacing: Pacing,
+        budgets: Budgets,
         num_threads: int,
         engine: EngineName,
     ) -> None:
@@ -73,7 +76,7 @@ class Trainer:
         self.state = store.read_state()
         self.local: LocalData = ArrayData({}, {})
         self._store = store
-        self._callbacks, self._pacing = callbacks, pacing
+        self._callbacks, self._pacing, self._budgets = callbacks, pacing, budgets
         self._num_threads, self._engine = num_threads, engine
         self._data: Data | None = None
         self._labels: Labels | None = None
@@ -331,24 +334,35 @@ class Trainer:
         except DataError as error:  # later examples may do
             return self._left_out(task, error)
         held = model.manifest.blocks_for(data.modalities, data.tasks)
+        hyperparameters = task.hyperparameters
+        if self._budgets.memory_bytes is not None:
+            try:
+                hyperparameters = fit_memory(hyperparameters, held, self._budgets.memory_bytes)
+            except DataError as error:
+                return self._left_out(task, error)
         before = {block.name: model.parameters[block.name] for block in held}
         rng = np.random.default_rng([task.seed, task.round_num, _number(self.identity.device)])
         started_s = time.monotonic()
         try:
             result = train(
-                model.engine, model.manifest, before, data, task.hyperparameters, rng,
+                model.engine, model.manifest, before, data, hyperparameters, rng,
                 shared=task.blocks, corrections=self._corrections(task), on_batch=self._on_batch,
+                max_seconds=self._budgets.seconds,
+                clock=lambda: time.monotonic() - self._pacing.rested_s,
             )  # fmt: skip
         except ExampleError as error:  # it may be mended
             return self._left_out(task, error)
+        if not result.num_examples:
+            reason = f"the {self._budgets.seconds:g} s of its budget were over too soon"
+            return self._left_out(task, DataError(reason))
         seconds = time.monotonic() - started_s
         self._keep(self._state_after(task, held, before, result, rng))
         self._replace_parameters(result.parameters)
-        self._callbacks.on_metrics(
-            RoundMetrics(
-                task.round_num, result.loss, result.num_examples, len(result.losses), seconds
-            )
-        )
+        metrics = RoundMetrics(
+            task.round_num, result.loss, result.num_examples, result.num_steps, seconds,
+            result.is_complete,
+        )  # fmt: skip
+        self._callbacks.on_metrics(metrics)
         return True
 
     def _left_out(self, task: wire.Task, error: DataError) -> bool:

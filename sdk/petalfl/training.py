@@ -161,7 +161,7 @@ def train(
             break
         inputs, labels = data.take(batch)
         masks = draw_masks(held, len(batch), rng, axis_lengths(inputs))
-        num_parts = min(hyperparameters.accumulation, len(batch) // _min_batch(held))
+        num_parts = min(hyperparameters.accumulation, len(batch) // min_batch(held))
         step = step_in_parts(engine, manifest, current, inputs, labels, masks, trained, num_parts)
         if not np.isfinite(step.loss):
             raise _diverged(f" at batch {done + 1}: the loss is {step.loss}", hyperparameters)
@@ -267,7 +267,7 @@ def _batches(
     All epochs are drawn, also behind ``max_steps``: it changes no mask that is drawn later.
     """
     batches: list[NDArray[np.int64]] = []
-    shortest = _min_batch(held)
+    shortest = min_batch(held)
     for _ in range(hyperparameters.epochs):
         order = rng.permutation(num_examples)
         splits = range(hyperparameters.batch_size, num_examples, hyperparameters.batch_size)
@@ -283,5 +283,6 @@ def _batches(
     return batches
 
 
-def _min_batch(held: tuple[Block, ...]) -> int:
+def min_batch(held: Sequence[Block]) -> int:
+    """The fewest examples that all of them can train on."""
     return max(block.min_batch for block in held)

@@ -69,3 +69,13 @@ def test_stop_does_not_wait_for_the_next_question() -> None:
     pacing.stop()
     thread.join(2)  # POLL_S is longer
     assert outcome == ["stopped"]
+
+
+def test_rests_are_counted() -> None:
+    pacing = Pacing()
+    pacing.wait()
+    assert pacing.rested_s == 0
+    pacing.pause()
+    threading.Timer(0.05, pacing.resume).start()
+    pacing.wait()
+    assert pacing.rested_s >= 0.04
