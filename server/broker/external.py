@@ -192,9 +192,11 @@ class _Exchange:
             self._error = f"the MQTT broker at {self._where} closed the connection: {reason}"
 
     def _why(self, error: Exception) -> str:
-        if self._broker.context is None:
-            return str(error)
-        return f"{explain(error, self._broker.tls)}; see --broker-ca and --broker-cert"
+        if self._broker.context is not None:
+            return f"{explain(error, self._broker.tls)}; see --broker-ca and --broker-cert"
+        if isinstance(error, ConnectionResetError):  # as one does that expects a TLS handshake
+            return f"{error}; a broker with TLS has a URL that begins with mqtts"
+        return str(error)
 
     def _on_connect(
         self, client: paho.Client, _data: Any, _flags: Any, reason: Any, _props: Any

@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
+from petalfl import EdgeClient, Tls
 from petalfl.downlink import Downlink
 from petalfl.errors import TransportError
 from petalfl.http import HttpClient
 from petalfl.store import DeviceStore
-from petalfl.tls import Tls, explain
+from petalfl.tls import explain
 from tests.certificates import DAY, Authority, Issued
 
 Serve = Callable[..., str]
@@ -262,6 +263,12 @@ def test_files_are_read_at_once(tmp_path: Path) -> None:
     for url in ("https://h:1", "http://h:1"):
         with pytest.raises(ValueError, match="No such file"):
             HttpClient(url, Tls(tmp_path / "gone.pem"))
+
+
+def test_a_client_that_cannot_be_made_leaves_its_store_free(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        EdgeClient("https://h:1", store=tmp_path / "store", tls=Tls(tmp_path / "gone.pem"))
+    DeviceStore(tmp_path / "store").close()
 
 
 # The wrong kind of URL

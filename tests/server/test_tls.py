@@ -314,7 +314,7 @@ class TestMosquitto:
             await opened(url.replace("mqtt:", "mqtts:"), Tls(authority.ca)).start()
 
     async def test_a_port_with_tls(self, tmp_path: Path, issued: Issued) -> None:
-        message = "closed the connection"
+        message = "closed the connection: .*; a broker with TLS has a URL that begins with mqtts"
         with mosquitto(tmp_path, issued=issued) as url, pytest.raises(BrokerError, match=message):
             await opened(url.replace("mqtts:", "mqtt:")).start()
 
