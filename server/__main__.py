@@ -10,6 +10,7 @@ import sys
 
 from petalfl.errors import PetalError
 
+from . import provision
 from .config import make_broker_tls, make_tls
 from .config_report import as_json, as_text
 from .maintenance import add_commands
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="as JSON")
     check.set_defaults(run=_check_config)
     add_commands(commands)
+    provision.add_command(commands)
     return parser
 
 

@@ -65,6 +65,7 @@ class Gateway:
     Args:
         cut_off: Called once with the name of a device that sends in vain without end; it should
             end its login at the broker.
+        fetch: Called with a device and what it wants of a file; False where that was in vain.
         max_transfer_bytes: Of all unfinished updates; raised to four times the longest block.
         now_s: A clock that never goes back.
     """
@@ -77,6 +78,7 @@ class Gateway:
         judge: Judge,
         *,
         cut_off: Callable[[str], None] = lambda device: None,
+        fetch: Callable[[str, wire.Fetch], bool] = lambda device, wanted: False,
         max_transfer_bytes: int = MAX_TRANSFER_BYTES,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,7 +90,7 @@ class Gateway:
         longest = max((4 * b.size for b in self._blocks.values()), default=0)
         self.transfers = Transfers(max(max_transfer_bytes, 4 * longest), now_s)
         self._conduct = Conduct(TOLERATED_BYTES + 4 * longest, now_s)
-        self._cut_off = cut_off
+        self._cut_off, self._fetch = cut_off, fetch
         self._now_s = now_s
         self._malformed: dict[str, str] = {}  # by device, why one since its last Fin was refused
         self._has_left: set[str] = set()
@@ -159,6 +161,9 @@ class Gateway:
                 if receipt.status == "rejected":
                     self._conduct.note(device, len(payload))
                 self._answer(device, receipt)
+            elif kind == "req" and isinstance(message, wire.Fetch):
+                if not self._fetch(device, message):
+                    self._conduct.note(device, len(payload))
             elif kind == "status" and isinstance(message, wire.Status):
                 self._conduct.note(device, len(payload))
                 if message.is_online:

@@ -26,7 +26,9 @@ from petalfl.tls import Tls
 
 from . import reducer
 from .broker import Broker, open_broker
+from .catalog import Catalog
 from .config import Config, ConfigError, make_broker_tls, make_config, make_tls
+from .downloads import Downloads
 from .federation import Federation
 from .gateway import Gateway
 from .settings import Effective, take_over
@@ -108,7 +110,12 @@ async def serve(
         for name in names:
             federation, state = federations[name], states[name]
             cut_off = functools.partial(_cut_off, broker)
-            gateway = Gateway(transport, name, federation.served, federation, cut_off=cut_off)
+            downloads = Downloads(transport, name, Catalog(federation, state))
+            stack.push_async_callback(downloads.close)
+            gateway = Gateway(
+                transport, name, federation.served, federation, cut_off=cut_off,
+                fetch=downloads.fetch,
+            )  # fmt: skip
             await gateway.open()
             gateways.append(gateway)
             stack.push_async_callback(gateway.close)

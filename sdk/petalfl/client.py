@@ -19,16 +19,18 @@ from petalfl import topics
 from petalfl.budgets import Budgets
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.data import Labels
-from petalfl.downlink import Downlink, Session
+from petalfl.downlink import Downlink
 from petalfl.errors import PetalError, StoreError
 from petalfl.examples import ExampleStore
-from petalfl.pacing import Pacing, Stopped
+from petalfl.pacing import Pacing
 from petalfl.participation import Participation
+from petalfl.provisioning import take_identity
 from petalfl.runtime import EngineName, find_runtime
 from petalfl.store import DeviceStore
 from petalfl.threads import Threads
 from petalfl.tls import Tls
 from petalfl.trainer import Data, Trainer
+from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
 
@@ -39,7 +41,8 @@ class EdgeClient:
     """Trains a device's blocks on its own data and shares what may be shared.
 
     Args:
-        url: The server, ``http(s)://host:port``.
+        url: The server, ``http(s)://host:port``; or its broker, ``mqtt(s)://host:port``, where the
+            device has no HTTP.
         token: The join token that the server prints; needed until the device is enrolled.
         data: By modality: float32, or integers of an int64 modality, ``(n, *shape)``. Which
             modalities are here decides which blocks the device holds. Or an `ExampleStore` that
@@ -51,6 +54,8 @@ class EdgeClient:
         store: A folder of this client's own; keeps credential, private blocks and outbox.
         device: A name of 1 to 64 lower-case letters, digits and dashes; the default is random.
         federation: Its name on the server.
+        identity: A file that ``python -m server enroll`` wrote, instead of a token: it says what
+            device this is, and in which federation.
         on_round: Called, on the training thread, when a round's blocks are in place and before
             they are trained: the moment to evaluate.
         on_progress: Called, on the training thread, with the batches done and their total.
@@ -70,8 +75,9 @@ class EdgeClient:
         executor: Runs training and downloads; the default is asyncio's.
 
     Raises:
-        StoreError: The store is open in another client, or damaged.
-        ValueError: ``url`` or ``device`` is malformed, or a file of ``tls`` cannot be used.
+        StoreError: The store is open in another client, damaged, or another device's than
+            ``identity`` says.
+        ValueError: ``url`` or ``device`` is malformed, or ``identity`` is no such file.
 
     Example:
         >>> client = EdgeClient(url, token=token, data=data, labels=labels, store=path)
@@ -89,6 +95,7 @@ class EdgeClient:
         store: str | os.PathLike[str],
         device: str = "",
         federation: str = "default",
+        identity: str | os.PathLike[str] | None = None,
         on_round: Callable[[RoundInfo], None] = lambda info: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_metrics: Callable[[RoundMetrics], None] = lambda metrics: None,
@@ -102,7 +109,6 @@ class EdgeClient:
         executor: Executor | None = None,
     ) -> None:
         self._token = token
-        self._federation = federation
         self._device = device or f"device-{secrets.token_hex(4)}"
         topics.status(federation, self._device)  # refuses malformed names here and now
         self._engine = engine
@@ -111,6 +117,8 @@ class EdgeClient:
         self._threads = Threads(executor)
         self._store = DeviceStore(Path(store), key)
         try:
+            if identity is not None:
+                federation = take_identity(self._store, Path(identity)).federation
             self._downlink = Downlink(url, federation, self._store, tls, check=self._pacing.check)
             self._trainer = Trainer(
                 self._store, self._callbacks, self._pacing, budgets or Budgets(), num_threads,
@@ -150,17 +158,14 @@ class EdgeClient:
         """
         self._begin()
         try:
-            session = await self._threads.call(self._prepare)
-            self._trainer.check_data()
+            session = await self._threads.call(self._enter)
             assert self._trainer.identity is not None
             self._participation = Participation(
                 self._trainer.identity, self._trainer, self._downlink, self._callbacks,
                 self._pacing, self._threads,
             )  # fmt: skip
             if not self._pacing.is_stopping:  # or it was stopped before there was a part to stop
-                await self._participation.run(session)
-        except Stopped:
-            log.info("%s was stopped before it had all of its model", self.device)
+                await self._participation.run(session, self._get_ready)
         except PetalError as error:
             self._callbacks.told(error)
             raise
@@ -311,18 +316,23 @@ class EdgeClient:
         """The personalized model's metrics, as in `LocalModel.evaluate`; errors as `predict`."""
         return self._trainer.model.evaluate(inputs, labels)
 
-    # Getting ready: enrollment, the manifest, the artifacts of the blocks held.
+    # Getting ready: enrollment, then the manifest and the artifacts of the blocks held.
 
-    def _prepare(self) -> Session:
+    def _enter(self) -> Session:
         log.info("%s trains on %s", self._device, find_runtime(self._engine))  # before it enrolls
-        trainer, modalities = self._trainer, self._trainer.modalities
-        if (identity := trainer.identity) is None:
+        trainer = self._trainer
+        if trainer.identity is None:
             self._store.check_room()  # a device enrolls once
-            identity = self._downlink.enroll(self._token, self._device, modalities)
-            trainer.identity = identity
-        self._downlink.log_in(identity)
-        if modalities:
-            self._downlink.add_modalities(modalities)
-        self._downlink.fetch_model(modalities, trainer.tasks, identity.private_blocks)
-        trainer.reload_model()
+            trainer.identity = self._downlink.enroll(self._token, self._device, trainer.modalities)
+        self._downlink.log_in(trainer.identity)
+        if trainer.modalities:
+            self._downlink.add_modalities(trainer.modalities)
         return self._downlink.get_session()
+
+    def _get_ready(self) -> None:
+        trainer = self._trainer
+        assert trainer.identity is not None
+        private_blocks = trainer.identity.private_blocks
+        self._downlink.fetch_model(trainer.modalities, trainer.tasks, private_blocks)
+        trainer.reload_model()
+        trainer.check_data()

@@ -1,4 +1,4 @@
-"""A device's way down: enrollment, the model's files and block versions, over HTTP.
+"""A device's way down: enrollment, the model's files and block versions, over HTTP or MQTT.
 
 Everything is checked against a digest before it is kept, and what has come of it so far outlives
 breaks and crashes. Its methods block: call them on a thread.
@@ -10,11 +10,8 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Annotated
 
 from petalfl.errors import ModelError, StoreError, TransportError
-from petalfl.http import HttpClient
 from petalfl.model import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -23,24 +20,15 @@ from petalfl.model import (
     ModelManifest,
 )
 from petalfl.partials import Partial, Partials
-from petalfl.schema import Limit, read
 from petalfl.source import BrokenOffError, NoSuchRangeError
 from petalfl.store import DeviceStore, Identity
-from petalfl.tls import Tls, is_loopback
+from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
+from petalfl.ways import Session, open_way
 from petalfl.wire import BlockVersion
 
 MAX_MODEL_BYTES = 2 << 30  # of all files that a device takes
 WORTH_BYTES = 64 << 10  # a break after so many is mended at once
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """Where the federation's broker is now."""
-
-    mqtt_host: Annotated[str, Limit(1, 256)]
-    mqtt_port: Annotated[int, Limit(1, 65535)]
-    mqtt_is_tls: bool
 
 
 class Downlink:
@@ -51,7 +39,8 @@ class Downlink:
     where the disk refuses.
 
     Args:
-        tls: As in `HttpClient`.
+        url: As of `EdgeClient`.
+        tls: As in `open_way`.
         check: Called between the pieces of a download; what it raises ends that.
     """
 
@@ -63,48 +52,29 @@ class Downlink:
         tls: Tls | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._http = HttpClient(url, tls)
+        self._way = open_way(url, federation, tls, check)
         self.tls = tls
-        self._root = f"/v1/{federation}"
         self._store = store
         self._check = check
+        self.attach, self.receive = self._way.attach, self._way.receive
 
     def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
         """Trades the join token for this device's own credential, and keeps that."""
-        self._http.use_token(token)
-        body = {"device": device, "modalities": sorted(modalities)}
-        try:
-            identity = read(Identity, self._http.post_json(f"{self._root}/enroll", body))
-        except ValueError as error:
-            raise TransportError(f"the server's enrollment reply is malformed: {error}") from error
+        identity = self._way.enroll(token, device, modalities)
         self._store.write_identity(identity)
         return identity
 
     def log_in(self, identity: Identity) -> None:
         """Uses the device's own credential from now on."""
-        self._http.use_login(identity.device, identity.password)
+        self._way.log_in(identity)
 
     def add_modalities(self, modalities: Collection[str]) -> None:
         """Has the server know of modalities that came after enrollment; an error if it cannot."""
-        self._http.post_json(f"{self._root}/modalities", {"modalities": sorted(modalities)})
+        self._way.add_modalities(modalities)
 
     def get_session(self) -> Session:
-        """Asks where the broker is.
-
-        Raises:
-            TransportError: Also where the server itself has TLS and its broker has not: the
-                password that was kept secret so far would cross the network in the clear.
-        """
-        try:
-            session = read(Session, self._http.get_json(f"{self._root}/session"))
-        except ValueError as error:
-            raise TransportError(f"the server's session reply is malformed: {error}") from error
-        if self._http.is_tls and not session.mqtt_is_tls and not is_loopback(session.mqtt_host):
-            raise TransportError(
-                f"the server has TLS, and its broker at {session.mqtt_host}:{session.mqtt_port} "
-                "none: no password is sent there; give the broker TLS (mqtts://), too"
-            )
-        return session
+        """Says where the broker is."""
+        return self._way.get_session()
 
     def fetch_model(
         self,
@@ -126,7 +96,7 @@ class Downlink:
         """
         known = self._store.read_file(MANIFEST_NAME) or b""
         digest = hashlib.sha256(known).hexdigest()
-        changed = self._http.get_changed(f"{self._root}/manifest", MAX_MANIFEST_BYTES, digest)
+        changed = self._way.get_changed("manifest", MAX_MANIFEST_BYTES, digest)
         data = known if changed is None else changed
         manifest = ModelManifest.from_json(data)
         files = list(manifest.optimizers.values())
@@ -193,7 +163,7 @@ class Downlink:
     def _fill(self, partial: Partial, path: str, sha256: str, num_bytes: int) -> None:
         """Downloads what is missing; a line that breaks, but brings something, is used again."""
         while (start := partial.num_bytes) < num_bytes:
-            pieces = self._http.stream(f"{self._root}/{path}", sha256, start, num_bytes)
+            pieces = self._way.stream(path, sha256, start, num_bytes)
             try:
                 with contextlib.closing(pieces):
                     for offset, data in pieces:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from petalfl import topics, wire
 from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks
-from petalfl.downlink import Downlink, Session
+from petalfl.downlink import Downlink
 from petalfl.errors import PetalError, TransportError, WireError
 from petalfl.inbox import Inbox
 from petalfl.mqtt import Endpoint, MqttTransport
@@ -23,6 +23,7 @@ from petalfl.threads import Threads
 from petalfl.trainer import Trainer
 from petalfl.transport import Transport
 from petalfl.uplink import Uplink
+from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
 BACKOFF_S = (0.5, 30.0)
@@ -63,19 +64,28 @@ class Participation:
         if self._announced is not None and self._trainer.ready != self._announced:
             self._announce_soon()
 
-    async def run(self, session: Session) -> None:
-        """Takes part until the federation's last round, or `stop`; errors as `EdgeClient.arun`."""
+    async def run(self, session: Session, get_ready: Callable[[], None]) -> None:
+        """Takes part until the federation's last round, or `stop`; errors as `EdgeClient.arun`.
+
+        Args:
+            get_ready: Gets the model and checks the data, on a thread, once there is a connection.
+        """
         self._transport = await self._connect(session)
         uplink = Uplink(self._transport, self._identity.federation, self._identity.device)
-        handler = functools.partial(_receive, self._inbox, uplink)
+        handler = functools.partial(_receive, self._inbox, uplink, self._downlink)
+        self._downlink.attach(functools.partial(self._send, asyncio.get_running_loop()))
         try:
             await self._transport.subscribe(self._topic(topics.all_down), handler)
-            await self._announce()
-            await self._until_stopped(asyncio.create_task(self._work(uplink)))
+            await self._until_stopped(asyncio.create_task(self._take_part(get_ready, uplink)))
         finally:  # however it ends: no later round waits for this device
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._publish_status(False), GOODBYE_TIMEOUT_S)
             await self._transport.close()
+
+    async def _take_part(self, get_ready: Callable[[], None], uplink: Uplink) -> None:
+        await self._call(get_ready)
+        await self._announce()
+        await self._work(uplink)
 
     # The connection
 
@@ -87,7 +97,7 @@ class Participation:
             login=(self._identity.device, self._identity.password),
             client_id=f"{self._identity.federation}-{self._identity.device}-{secret}",
             will=(self._topic(topics.status), wire.encode(wire.Status(is_online=False))),
-            on_connect=self._announce_soon,
+            on_connect=self._announce_again,
             tls=self._downlink.tls,
         )
         await transport.connect()
@@ -102,6 +112,16 @@ class Participation:
         self._announced = ready = self._trainer.ready
         await self._publish_status(True)
         await self._transport.publish(self._topic(topics.request), wire.encode(ready), retain=True)
+
+    def _announce_again(self) -> None:
+        if self._announced is not None:
+            self._announce_soon()
+
+    def _send(self, loop: asyncio.AbstractEventLoop, message: wire.Fetch) -> None:
+        """Publishes a request for a part of a file; called on a thread."""
+        assert self._transport is not None
+        work = self._transport.publish(self._topic(topics.request), wire.encode(message))
+        asyncio.run_coroutine_threadsafe(work, loop).result()
 
     def _announce_soon(self) -> None:
         if self._transport is not None:
@@ -191,7 +211,7 @@ class Participation:
         await self._call(self._trainer.empty_outbox)
 
 
-def _receive(inbox: Inbox, uplink: Uplink, topic: str, payload: bytes) -> None:
+def _receive(inbox: Inbox, uplink: Uplink, downlink: Downlink, topic: str, payload: bytes) -> None:
     try:
         message = wire.decode(payload)
     except WireError as error:
@@ -201,6 +221,8 @@ def _receive(inbox: Inbox, uplink: Uplink, topic: str, payload: bytes) -> None:
         uplink.receive(message)
     elif isinstance(message, (wire.Task, wire.Finish)):
         inbox.put(message)
+    elif isinstance(message, (wire.Part, wire.Declined)):
+        downlink.receive(message)
 
 
 def _in_background(work: Awaitable[None]) -> None:

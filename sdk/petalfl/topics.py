@@ -27,13 +27,18 @@ def acks(federation: str, device: str) -> str:
     return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/ack"
 
 
+def files(federation: str, device: str) -> str:
+    """The server's `Part`s and `Declined` to one device that fetches files over MQTT."""
+    return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/file"
+
+
 def all_down(federation: str, device: str) -> str:
     """Filter: what a device subscribes to."""
     return f"fl/v1/{_checked(federation)}/down/{_checked(device)}/+"
 
 
 def request(federation: str, device: str) -> str:
-    """A device's `Ready`, retained so that a restarted server finds it, and `Report`."""
+    """A device's `Ready`, retained so that a restarted server finds it, `Report` and `Fetch`."""
     return f"fl/v1/{_checked(federation)}/req/{_checked(device)}"
 
 

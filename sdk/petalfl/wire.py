@@ -28,6 +28,7 @@ CHUNK_BYTES = 120 * 1024
 MAX_HEADER_BYTES = 2048
 MAX_MESSAGE_BYTES = CHUNK_BYTES + MAX_HEADER_BYTES
 MAX_TASK_BLOCKS = 128
+MAX_FETCH_BYTES = 8 * CHUNK_BYTES
 
 MAX_COUNT = 1 << 40
 Count = Annotated[int, Limit(0, MAX_COUNT)]
@@ -35,6 +36,7 @@ Positive = Annotated[int, Limit(1, MAX_COUNT)]
 UpdateId = Annotated[bytes, Limit(16, 16)]
 CodecName = Annotated[str, Pattern(CODEC_REGEX)]
 Holders = Annotated[dict[Name, Positive], Limit(0, MAX_TASK_BLOCKS)]
+FilePath = Annotated[str, Pattern(r"[A-Za-z0-9._/-]{1,320}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,63 @@ class Finish:
     num_holders: Holders | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """A device without HTTP wants bytes ``[offset, offset + num_bytes)`` of a file.
+
+    Attributes:
+        path: As below a federation's path in HTTP: ``blocks/head/7``.
+        ticket: Of the last `Part` that came, which shows that what was sent arrives.
+        known: The digest of what the device has; where it is that still, nothing comes.
+    """
+
+    path: FilePath
+    offset: Count
+    num_bytes: Annotated[int, Limit(1, MAX_FETCH_BYTES)]
+    ticket: Annotated[bytes, Limit(0, 8)] = b""
+    known: Sha256 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of a file from ``offset`` on: `CHUNK_BYTES`, or what is left of fetch or file.
+
+    Attributes:
+        num_bytes: Of the whole file, as ``sha256``.
+        ticket: For the next `Fetch`.
+    """
+
+    path: FilePath
+    sha256: Sha256
+    num_bytes: Count
+    offset: Count
+    ticket: Annotated[bytes, Limit(8, 8)]
+    data: Annotated[bytes, Limit(0, CHUNK_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """Nothing comes of a file: it is what is known, or not there, not the device's, unreadable."""
+
+    path: FilePath
+    why: Literal["unchanged", "not-there", "not-held", "failed"]
+    reason: Annotated[str, Limit(0, 256)] = ""
+
+
 Message: TypeAlias = (
-    Status | Ready | UpdateManifest | Chunk | Fin | Report | Receipt | BlockVersion | Task | Finish
+    Status
+    | Ready
+    | UpdateManifest
+    | Chunk
+    | Fin
+    | Report
+    | Receipt
+    | BlockVersion
+    | Task
+    | Finish
+    | Fetch
+    | Part
+    | Declined
 )
 
 _TYPES: dict[str, type[Message]] = {
@@ -170,6 +227,9 @@ _TYPES: dict[str, type[Message]] = {
     "version": BlockVersion,
     "task": Task,
     "finish": Finish,
+    "fetch": Fetch,
+    "part": Part,
+    "declined": Declined,
 }
 _NAMES = {cls: name for name, cls in _TYPES.items()}
 

@@ -18,9 +18,12 @@ from petalfl.wire import (
     MAX_MESSAGE_BYTES,
     BlockVersion,
     Chunk,
+    Declined,
+    Fetch,
     Fin,
     Finish,
     Message,
+    Part,
     Ready,
     Receipt,
     Report,
@@ -102,6 +105,29 @@ GOLDEN: dict[str, tuple[Message, str]] = {
         "83 a176 02  a174 a6 66696e697368"
         "a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 09 " + SHA_HEX,
     ),
+    "fetch": (
+        Fetch("blocks/head/7", 122880, 4096),
+        "86 a176 02  a174 a5 6665746368  a4 70617468 ad 626c6f636b732f686561642f37"
+        "a6 6f6666736574 ce0001e000  a9 6e756d5f6279746573 cd1000  a6 7469636b6574 c400",
+    ),
+    "fetch of what is known": (
+        Fetch("manifest", 0, 1, bytes(range(8)), SHA),
+        "87 a176 02  a174 a5 6665746368  a4 70617468 a8 6d616e6966657374"
+        "a6 6f6666736574 00  a9 6e756d5f6279746573 01  a6 7469636b6574 c408 0001020304050607"
+        "a5 6b6e6f776e d940" + "6162" * 32,
+    ),
+    "part": (
+        Part("manifest", SHA, 3, 1, bytes(range(8)), b"\4\5"),
+        "88 a176 02  a174 a4 70617274  a4 70617468 a8 6d616e6966657374 "
+        + SHA_HEX
+        + "a9 6e756d5f6279746573 03  a6 6f6666736574 01  a6 7469636b6574 c408 0001020304050607"
+        "a4 64617461 c402 0405",
+    ),
+    "declined": (
+        Declined("manifest", "not-there", "no"),
+        "85 a176 02  a174 a8 6465636c696e6564  a4 70617468 a8 6d616e6966657374"
+        "a3 776879 a9 6e6f742d7468657265  a6 726561736f6e a2 6e6f",
+    ),
 }
 
 
@@ -159,9 +185,19 @@ def task(num_blocks: int) -> bytes:
                 blocks=blocks)  # fmt: skip
 
 
+def fetch(**changes: object) -> bytes:
+    return pack(**{"t": "fetch", "path": "manifest", "offset": 0, "num_bytes": 1, **changes})
+
+
+def part(**changes: object) -> bytes:
+    fields = {"path": "manifest", "sha256": SHA, "num_bytes": 1, "offset": 0, "ticket": bytes(8)}
+    return pack(**{"t": "part", "data": b"x", **fields, **changes})
+
+
 def test_the_attacks_start_from_valid_messages() -> None:
     """What they change is what they are refused for."""
-    for data in (receipt(), update(), report(b"\xca\0\0\0\0"), ready(b"\x91\xa3acc"), task(128)):
+    valid = (receipt(), update(), report(b"\xca\0\0\0\0"), ready(b"\x91\xa3acc"), task(128))
+    for data in (*valid, fetch(), part()):
         decode(data)
 
 
@@ -275,6 +311,22 @@ ATTACKS: dict[str, bytes] = {
                               hyperparameters={"learning_rate": 0.1, "optimizer": "lion"}),
     "nesterov as a number": pack(t="task", round_num=1, num_rounds=0, seed=0, blocks={},
                                  hyperparameters={"learning_rate": 0.1, "nesterov": 1}),
+    "fetch of nothing": fetch(num_bytes=0),
+    "fetch of too much": fetch(num_bytes=8 * CHUNK_BYTES + 1),
+    "fetch before the start": fetch(offset=-1),
+    "fetch far out": fetch(offset=(1 << 40) + 1),
+    "fetch of no path": fetch(path=""),
+    "fetch of a long path": fetch(path="a" * 321),
+    "fetch of odd letters": fetch(path="blocks/h\u00e9ad/1"),
+    "fetch with a line break": fetch(path="manifest\n"),
+    "fetch with a NUL": fetch(path="manifest\0"),
+    "fetch with a long ticket": fetch(ticket=bytes(9)),
+    "fetch of half a digest": fetch(known=SHA[:32]),
+    "part too long": part(data=bytes(CHUNK_BYTES + 1)),
+    "part with a short ticket": part(ticket=bytes(7)),
+    "part of less than nothing": part(num_bytes=-1),
+    "part without a digest": part(sha256=""),
+    "declined for another reason": pack(t="declined", path="manifest", why="because"),
     # Extension types decode silently unless they are refused
     "extension": receipt(missing=msgpack.ExtType(5, b"payload")),
     "extension of nothing": ready(b"\xc7\x00\x05"),

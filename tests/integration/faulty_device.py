@@ -29,11 +29,12 @@ import numpy as np
 import petalfl.participation
 import petalfl.uplink
 from petalfl import EdgeClient, PetalError, wire
-from petalfl.downlink import Downlink, Session
+from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
 from petalfl.store import DeviceStore, State
 from petalfl.uplink import Uplink
+from petalfl.ways import Session
 from tests.integration.harness import ROOT
 
 HANG_S = 60.0

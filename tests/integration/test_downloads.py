@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from petalfl import PetalError
+from petalfl import EdgeClient, PetalError
+from petalfl.http import HttpClient
 from petalfl.partials import Partial
-from tests.integration.harness import SCHEME, Server, running_server, three_devices
+from tests.integration.harness import (
+    ROOT,
+    SCHEME,
+    Device,
+    Outcome,
+    Server,
+    read_outcome,
+    running_server,
+    take_part,
+    three_devices,
+)
 from tests.integration.lossy import lossy_proxy
 from tests.integration.test_faults import device_process, read_until_here
+from tests.mosquitto import missing_mosquitto, mosquitto
 
+MISSING = missing_mosquitto()
 BLOCK_BYTES = 603_904  # of encoder-acc
 ALONE = (*SCHEME, "--min-devices", "1", "--epochs", "1", "--rounds", "1")
 
@@ -87,3 +104,66 @@ def test_an_http_server_that_goes_away_amid_a_download(
         assert server.get("status")["is_finished"]
         # What lay in the proxy and the sockets when it went is lost; all else came once.
         assert bytes_down(server) <= BLOCK_BYTES + (BLOCK_BYTES - sizes[0]) + BLOCK_BYTES
+
+
+# MQTT alone
+
+
+def enroll(server: Server, device: Device, out: Path) -> str:
+    """As an operator does it on the server's machine; the URL that the app is to use."""
+    command = [
+        sys.executable, "-m", "server", "enroll", device.name,
+        "--modalities", ",".join(device.data),
+        "--data-dir", str(server.data_dir), "--out", str(out),
+    ]  # fmt: skip
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    assert f"{device.name} is enrolled in 'default'" in said.stdout
+    found = re.search(rf"EdgeClient\('(mqtt://127.0.0.1:\d+)', identity='{out}', …\)", said.stdout)
+    assert found is not None, said.stdout
+    return found[1]
+
+
+def run_without_http(artifacts: Path, folder: Path, broker: str) -> Outcome:
+    """As `run_federation`; no device speaks HTTP, or could."""
+    arguments = ("--rounds", "3", "--broker", broker, *SCHEME)
+    with running_server(artifacts, folder / "server", *arguments) as server, ExitStack() as stack:
+        clients = []
+        for device in three_devices():
+            identity = folder / f"{device.name}.json"
+            url = enroll(server, device, identity)
+            client = EdgeClient(
+                url, identity=identity, data=device.data, labels=device.labels,
+                store=folder / device.name,
+            )  # fmt: skip
+            clients.append(stack.enter_context(client))
+        asyncio.run(take_part(clients))
+        stack.close()
+        assert "Traceback" not in server.log
+        return read_outcome(artifacts, server, folder)
+
+
+BROKERS = ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
+
+
+@pytest.mark.parametrize("broker", BROKERS)
+def test_a_federation_without_http_ends_with_the_same_blocks(
+    watch_artifacts: Path,
+    tmp_path: Path,
+    undisturbed: Outcome,
+    broker: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_http(self: object, *arguments: object) -> None:
+        raise AssertionError("HTTP")
+
+    monkeypatch.setattr(HttpClient, "_open", no_http)
+    if broker == "embedded":
+        outcome = run_without_http(watch_artifacts, tmp_path, "embedded")
+    elif MISSING is not None:
+        pytest.skip(MISSING)
+    else:
+        (tmp_path / "broker").mkdir()
+        with mosquitto(tmp_path / "broker") as url:
+            outcome = run_without_http(watch_artifacts, tmp_path, url)
+    outcome.assert_close(undisturbed)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from petalfl import EdgeClient, EnrollError, TransportError, topics, wire
-from petalfl.downlink import Session
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.store import DeviceStore
+from petalfl.ways import Session
 from tests.integration.harness import Server, running_server, take_part
 from tests.integration.test_async import examples
 
@@ -100,7 +100,7 @@ def test_a_name_is_one_device_on_the_whole_server(two: Two) -> None:
 def enroll(two: Two, federation: str, device: str, store: str) -> Session:
     client = two.client(federation, device, store=two.folder / store)
     try:
-        return client._prepare()
+        return client._enter()
     finally:
         client.close()
 

@@ -25,10 +25,11 @@ from petalfl import (
     TransportError,
     wire,
 )
-from petalfl.downlink import Downlink, Session
+from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
 from petalfl.store import DeviceStore, Outgoing
 from petalfl.uplink import Uplink
+from petalfl.ways import Session
 from tests.integration.harness import Server, running_server
 from tests.petalfl.clients import (
     LABELS,
@@ -155,7 +156,7 @@ def test_malformed_device(idle: Server, tmp_path: Path, device: str) -> None:
 
 def test_a_malformed_url_leaves_the_store_free(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected http"):
-        EdgeClient("mqtt://h", store=tmp_path)
+        EdgeClient("ftp://h", store=tmp_path)
     DeviceStore(tmp_path).close()
 
 

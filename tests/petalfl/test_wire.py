@@ -18,14 +18,18 @@ from petalfl.errors import WireError
 from petalfl.training import Hyperparameters
 from petalfl.wire import (
     CHUNK_BYTES,
+    MAX_FETCH_BYTES,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
     BlockUpdate,
     BlockVersion,
     Chunk,
+    Declined,
+    Fetch,
     Fin,
     Finish,
     Message,
+    Part,
     Ready,
     Receipt,
     Report,
@@ -66,6 +70,7 @@ HYPERPARAMETERS = st.builds(
     st.integers(1, 1 << 16),
     st.floats(0, 1e3),
 )
+PATHS = st.from_regex(r"[A-Za-z0-9._/-]{1,320}", fullmatch=True)
 ASCII = st.text(st.characters(max_codepoint=127), max_size=256)
 MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     Status: st.builds(Status, st.booleans()),
@@ -89,6 +94,17 @@ MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     BlockVersion: VERSIONS,
     Task: st.builds(Task, POSITIVES, COUNTS, HYPERPARAMETERS, COUNTS, BLOCKS),
     Finish: st.builds(Finish, BLOCKS),
+    Fetch: st.builds(
+        Fetch, PATHS, COUNTS, st.integers(1, MAX_FETCH_BYTES), st.binary(max_size=8),
+        st.none() | SHAS,
+    ),
+    Part: st.builds(
+        Part, PATHS, SHAS, COUNTS, COUNTS, st.binary(min_size=8, max_size=8),
+        st.binary(max_size=300),
+    ),
+    Declined: st.builds(
+        Declined, PATHS, st.sampled_from(["unchanged", "not-there", "not-held", "failed"]), ASCII
+    ),
 }  # fmt: skip
 LARGEST: list[Message] = [
     Ready(tuple(f"{i:064}" for i in range(64)), tuple(f"{i:064}" for i in range(128))),
@@ -97,6 +113,7 @@ LARGEST: list[Message] = [
     Task(1 << 40, 1 << 40, Hyperparameters(1e3, 0.9999, 1.0, 1 << 16, 1000), 1 << 40,
          {f"{i:064}": BlockVersion(1 << 40, "f" * 64) for i in range(128)}),
     Finish({f"{i:064}": BlockVersion(1 << 40, "f" * 64) for i in range(128)}),
+    Part("x" * 320, "f" * 64, 1 << 40, 1 << 40, bytes(8), bytes(CHUNK_BYTES)),
 ]  # fmt: skip
 
 
