@@ -12,8 +12,13 @@ from petalfl.vectors import Vector
 
 from .backend import active
 
-WAITING_VALUES = 1 << 24  # of the updates that wait for the next pass: 64 MiB as float32
-BATCH = 8  # updates that a pass takes at least
+# A pass reads and writes 16 bytes of the sum for each of its values. It is worth its while when
+# the updates that wait for it have 8 times as many,
+BYTES_A_VALUE = 128
+MAX_BYTES = 128 << 20  # and due with so many bytes of a long block,
+MAX_VALUES = 1 << 27  # or so many values of short codecs; but with so many updates at least:
+MIN_UPDATES = 8
+_PIECE = 1 << 14
 _POOL = ThreadPoolExecutor(2, "weighted-sum")
 
 Batch = Sequence[tuple[EncodedDelta, float]]
@@ -23,10 +28,9 @@ class WeightedSum:
     """Σ w_k Δ_k and Σ w_k over a block's updates, in O(size) memory.
 
     Products and sums are in float64, on every backend: the order of arrival makes no difference
-    but for a last-bit rounding of the float32 mean in rare cases. A pass over the sum costs 16
-    bytes of memory traffic a value, so updates wait, encoded as they came, until at least
-    `BATCH` of them and `WAITING_VALUES` have gathered; the pass itself runs on a thread. So there
-    are never more updates held than two passes take.
+    but for a last-bit rounding of the float32 mean in rare cases. Updates wait, encoded as they
+    came, until a pass over the sum is worth its while, which then runs on a thread; no more of
+    them are held than two passes take.
 
     Args:
         size: Of the block.
@@ -37,26 +41,36 @@ class WeightedSum:
         self._size = size
         self._total = np.zeros(size, np.float64)
         self._waiting: list[tuple[EncodedDelta, float]] = []
+        self._num_bytes = 0
         self._folding: Future[None] | None = None
 
     def add(self, delta: EncodedDelta, weight: float) -> None:
         """Counts an update; weight > 0. Waits where the pass before the last is not over."""
         self._waiting.append((delta, weight))
+        self._num_bytes += len(delta.payload)
         self.weight += weight
-        if len(self._waiting) >= BATCH and len(self._waiting) * self._size >= WAITING_VALUES:
+        num_updates = len(self._waiting)
+        if num_updates >= MIN_UPDATES and (
+            self._num_bytes >= min(BYTES_A_VALUE * self._size, MAX_BYTES)
+            or num_updates * self._size >= MAX_VALUES
+        ):
             self._settle()
             self._folding = _POOL.submit(self._fold, self._waiting)
-            self._waiting = []
+            self._waiting, self._num_bytes = [], 0
 
     def mean(self) -> Vector | None:
         """Σ w_k Δ_k / Σ w_k so far as float32 ``(size,)``; None where nothing arrived."""
         self._settle()
         if self._waiting:
             self._fold(self._waiting)
-            self._waiting = []
+            self._waiting, self._num_bytes = [], 0
         if not self.weight:
             return None
-        return (self._total / self.weight).astype(np.float32)
+        mean = np.empty(self._size, np.float32)
+        for start in range(0, self._size, _PIECE):  # which stays in the cache
+            part = slice(start, start + _PIECE)
+            mean[part] = self._total[part] / self.weight
+        return mean
 
     def _settle(self) -> None:
         if self._folding is not None:

@@ -29,11 +29,9 @@ def delta_of(seed: int, codec: str = "f32") -> EncodedDelta:
     return parse_payload(parse_codec(codec), NORMED, payload)
 
 
-@pytest.mark.parametrize("waiting_values", [0, 1 << 30])
-def test_the_mean_of_parameters_and_statistics(
-    monkeypatch: pytest.MonkeyPatch, waiting_values: int
-) -> None:
-    monkeypatch.setattr(weighted_sum, "WAITING_VALUES", waiting_values)
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_the_mean_of_parameters_and_statistics(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(weighted_sum, "BYTES_A_VALUE", most)
     codecs = ["f32", "int8", "topk:0.3", "f16"] * 6
     deltas = [delta_of(seed, codec) for seed, codec in enumerate(codecs)]
     target = WeightedSum(NORMED.size)
@@ -45,10 +43,15 @@ def test_the_mean_of_parameters_and_statistics(
     np.testing.assert_array_equal(mean_of(target), mean_of(target))
 
 
-def test_updates_wait_until_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "most"), [("BYTES_A_VALUE", 40), ("MAX_BYTES", 40_000), ("MAX_VALUES", 10_000)]
+)
+def test_updates_wait_until_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch, what: str, most: int
+) -> None:
     """Neither does a pass read the sum for one update, nor do all of a round wait."""
     size, sizes = 1000, list[int]()
-    monkeypatch.setattr(weighted_sum, "WAITING_VALUES", size * 10)
+    monkeypatch.setattr(weighted_sum, what, most)
 
     class Spy:
         name = description = "spy"
