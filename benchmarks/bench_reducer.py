@@ -27,6 +27,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.reducer_rules import Row, measure
 from petalfl.codecs import parse_codec
 from petalfl.payloads import EncodedDelta, parse_payload
+from petalfl.vectors import Vector
 from server.aggregators import weighted_mean
 from server.memory import keep_freed_memory
 from server.reducer import choose, use
@@ -156,7 +157,7 @@ def _encoded(matrix: NDArray[np.float32], codec: str) -> list[EncodedDelta]:
     return [parse_payload(known, block, known.encode(row, rng)) for row in matrix]
 
 
-def mean_of(deltas: Sequence[EncodedDelta]) -> object:
+def mean_of(deltas: Sequence[EncodedDelta]) -> Vector | None:
     """As a server takes it."""
     aggregator = weighted_mean()
     block = make_block("head", "head", ("acc",), {"w": (deltas[0].size,)})[0]

@@ -101,7 +101,12 @@ def _best() -> Backend:
 
 
 def _best_of_cpu() -> Backend:
-    return choose("numba" if importlib.util.find_spec("numba") else "numpy")
+    if importlib.util.find_spec("numba"):
+        try:
+            return choose("numba")
+        except ValueError as error:  # it is older than the numpy beside it, say
+            log.warning("%s; numpy sums up", error)
+    return NumpyBackend()
 
 
 def _cuda(text: str, index: str) -> Backend:
@@ -134,7 +139,10 @@ def _expect(text: str, package: str, remedy: str) -> None:
 
 def _made(module: str, name: str, *arguments: object) -> Backend:
     """Loaded when it is wanted alone: it may take seconds, and need what is not installed."""
-    made: Backend = getattr(importlib.import_module(module, __package__), name)(*arguments)
+    try:
+        made: Backend = getattr(importlib.import_module(module, __package__), name)(*arguments)
+    except ImportError as error:
+        raise ValueError(f"reducer {module[1:].partition('_')[0]}: {error}") from error
     return made
 
 

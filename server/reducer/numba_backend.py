@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -17,6 +16,7 @@ from petalfl.codecs.encoded import ALIGN, GROUP
 from petalfl.vectors import Vector
 
 from . import numba_kernels as kernels
+from .rules.tiles import num_cores
 
 TILE = 1 << 17  # values: the sum's part is 1 MiB, the L2 cache of a core
 ROWS = 8  # vectors that a kernel takes
@@ -33,7 +33,7 @@ class NumbaBackend:
     name = "numba"
 
     def __init__(self, num_threads: int = 0) -> None:
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = num_threads or num_cores()
         self._pool = ThreadPoolExecutor(self._num_threads, "reducer")
         _warm_up(self)
 

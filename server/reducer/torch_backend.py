@@ -8,7 +8,6 @@ made again on the CPU.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from petalfl.codecs import Encoded
 from petalfl.codecs.encoded import ALIGN, GROUP
 
 from .packing import Packed, pack, room_for
+from .rules.tiles import num_cores
 
 log = logging.getLogger("petalfl.server.reducer")
 
@@ -245,7 +245,7 @@ class CpuDevice:
 def cpu_devices() -> list[CpuDevice]:
     """One for each core that this process may use; a tile is too small for several."""
     torch.set_num_threads(1)
-    return [CpuDevice(f"cpu:{k}") for k in sorted(os.sched_getaffinity(0))]
+    return [CpuDevice(f"cpu:{k}") for k in range(num_cores())]
 
 
 def add_dense(

@@ -8,11 +8,15 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from petalfl.codecs import parse_codec
+from petalfl.payloads import encode_payload, parse_payload
 from server.database import open_database
 from server.journal import DATABASE, Journal
 from server.versions import StateError
@@ -88,6 +92,30 @@ def test_updates_are_appended_while_others_are_committed(journal: Journal) -> No
         sys.setswitchinterval(interval_s)
     journal.commit()
     assert waiting(journal) == [(f"device-{n}", n) for n in range(500)]
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "int8", "topk-int8:0.3"])
+def test_a_payload_is_kept_as_it_came(journal: Journal, tmp_path: Path, codec: str) -> None:
+    vector = np.arange(8, dtype=np.float32) - 3
+    payload, _ = encode_payload(
+        parse_codec(codec), BLOCKS["head"], vector, None, np.random.default_rng(0)
+    )
+    encoded = parse_payload(parse_codec(codec), BLOCKS["head"], payload)
+    journal.append(replace(make_update("watch", "head", 0.0), encoded=encoded))
+    journal.commit()
+    assert b"".join(path.read_bytes() for path in tmp_path.glob("journal/*")) == payload
+    [found] = journal.unconsumed(BLOCKS)
+    assert (found.encoded.codec, bytes(found.encoded.payload)) == (codec, payload)
+    np.testing.assert_array_equal(found.delta, encoded.decode())
+
+
+def test_a_payload_of_an_unknown_codec_is_an_error(journal: Journal, db: Database) -> None:
+    """Of a newer server's journal, say."""
+    journal.append(make_update("watch", "head", 1.0))
+    journal.commit()
+    db.execute("UPDATE updates SET codec = 'f8'")
+    with pytest.raises(StateError, match="unknown codec 'f8'"):
+        list(journal.unconsumed(BLOCKS))
 
 
 OTHERS = [("phone", "head", 1), ("watch", "fusion", 1), ("watch", "head", 2)]

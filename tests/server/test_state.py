@@ -381,6 +381,23 @@ def test_a_device_s_record_reads_back(state: ServerState) -> None:
     }  # fmt: skip
 
 
+def test_a_folder_of_the_format_before_goes_on(folder: Path) -> None:
+    """Its journal has deltas as float32, and says so nowhere."""
+    state = ServerState(folder)
+    state.open_round(1, COHORT, NOW_S)
+    state.journal_update(UPDATES[0])
+    state.close()
+    with sqlite3.connect(folder / "state.sqlite") as other:
+        other.execute("ALTER TABLE updates DROP COLUMN codec")
+        other.execute("PRAGMA user_version=2")
+    other.close()
+    for _ in range(2):
+        state = ServerState(folder)
+        [found] = state.unconsumed_updates(BLOCKS)
+        assert same(found, UPDATES[0])
+        state.close()
+
+
 def test_a_folder_of_another_format_is_refused(folder: Path) -> None:
     ServerState(folder).close()
     with sqlite3.connect(folder / "state.sqlite") as other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +160,17 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto").name == "numpy"
     with pytest.raises(ValueError, match=r"numba is not installed; pip install petalfl\[fast\]"):
         choose("numba")
+
+
+def test_a_numba_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setitem(sys.modules, "server.reducer.numba_backend", None)
+    with pytest.raises(ValueError, match=r"reducer numba: import of .*numba_backend"):
+        choose("numba")
+    assert choose("auto").name == "numpy"
+    assert "numpy sums up" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "gpu", "Numpy", "cuda:", "cuda:x", "cuda:-1"])
