@@ -1,0 +1,1 @@
+"""An in-vehicle unit: collects while driving, trains while parked and charging."""
