@@ -25,6 +25,7 @@ from examples.android_sim.server_process import ServerAddress, running_server
 from export import export_model
 from petalfl import PetalError
 
+from .certificates import Certificate, make_certificates
 from .drive import Drive, read_csv, simulate, write_csv
 from .model import build
 
@@ -64,20 +65,18 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.status("exporting the model") as status:
         export_model(build(), run / "artifacts", lambda step: status.update(f"export: {step}"))
     arguments = [
-        "--rounds",
-        num_rounds,
-        "--min-devices",
-        num_units,
-        "--optimizer",
-        "adamw",
-        "--learning-rate",
-        0.003,
-    ]
+        "--rounds", num_rounds, "--min-devices", num_units,
+        "--optimizer", "adamw", "--learning-rate", 0.003,
+    ]  # fmt: skip
+    certificates = {} if options.no_tls else make_certificates(run / "tls", recordings)
+    if certificates:
+        ca, certificate, key = certificates["server"]
+        arguments += ["--tls-cert", certificate, "--tls-key", key, "--tls-client-ca", ca]
     with running_server(
         run / "artifacts", run / "server", [str(argument) for argument in arguments]
     ) as server:
         view = _View(list(recordings), console)
-        results = _drive(options, run, recordings, server, view)
+        results = _drive(options, run, recordings, certificates, server, view)
     return {
         "source": "recordings" if options.recording else "simulated drives",
         "rounds": num_rounds,
@@ -115,6 +114,7 @@ def _drive(
     options: argparse.Namespace,
     run: Path,
     recordings: dict[str, Path],
+    certificates: dict[str, Certificate],
     server: ServerAddress,
     view: _View,
 ) -> dict[str, Any]:
@@ -128,6 +128,9 @@ def _drive(
                 "--trips", str(options.trips), "--rounds-per-stop", str(options.rounds),
                 "--pace", str(options.pace),
             ]  # fmt: skip
+            if (tls := certificates.get(name)) is not None:
+                command += ["--ca", str(tls.ca), "--certificate", str(tls.certificate)]
+                command += ["--key", str(tls.key)]
             processes[name] = stack.enter_context(_unit(command, name, run / name, said))
         stack.enter_context(view)
         return _follow(processes, said, view, run)
@@ -274,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--trips", type=int, default=3, metavar="N", help="of each drive, with a stop after each")
     add("--rounds", type=int, default=8, metavar="R", help="trained at each stop")
     add("--pace", type=float, default=60.0, metavar="X", help="times faster than the clock")
+    add("--no-tls", action="store_true", help="HTTP and MQTT in the clear; else mutual TLS with an "
+        "authority made by openssl")  # fmt: skip
     add("--out", type=Path, default=Path("runs/in_vehicle"), metavar="DIR",
         help="summary.json, and a folder 'run' that is made anew each time")  # fmt: skip
     add("--json", action="store_true", help="print the summary instead of the table")

@@ -19,7 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from petalfl import EdgeClient, ExampleStore, PetalError, RoundInfo, RoundMetrics, StoreError
+from petalfl import (
+    EdgeClient,
+    ExampleStore,
+    PetalError,
+    RoundInfo,
+    RoundMetrics,
+    StoreError,
+    Tls,
+)
 from petalfl.metrics import macro_f1
 
 from .drive import EVENTS, HOP_S, Drive, read_csv, stack
@@ -44,11 +52,12 @@ class Unit:
         drive: Cut into ``num_trips`` and, at its end, the held-out part.
         rounds_per_stop: The unit drives on when it has trained so many.
         pace: So many times faster than the clock.
+        tls: The federation's authority, and this unit's certificate.
     """
 
     def __init__(
         self, name: str, server: str, token: str, folder: Path, drive: Drive, *,
-        num_trips: int, rounds_per_stop: int, pace: float,
+        num_trips: int, rounds_per_stop: int, pace: float, tls: Tls | None = None,
     ) -> None:  # fmt: skip
         share = (1 - HELD_OUT) / num_trips
         self.trips = [drive.part(i * share, (i + 1) * share) for i in range(num_trips)]
@@ -62,6 +71,7 @@ class Unit:
         self.examples = ExampleStore(folder / "examples", max_bytes=MAX_BYTES, max_age_s=MAX_AGE_S)
         self.client = EdgeClient(
             server,
+            tls=tls,
             token=token,
             device=name,
             data=self.examples,
@@ -210,10 +220,11 @@ def main() -> int:
     """Runs one unit; 0 at the end, 2 on an error, 130 when it was stopped."""
     options = _parser().parse_args()
     try:
+        tls = Tls(options.ca, options.certificate, options.key) if options.ca else None
         unit = Unit(
             options.name, options.server, options.token, options.folder,
             read_csv(options.recording), num_trips=options.trips,
-            rounds_per_stop=options.rounds_per_stop, pace=options.pace,
+            rounds_per_stop=options.rounds_per_stop, pace=options.pace, tls=tls,
         )  # fmt: skip
         try:
             asyncio.run(unit.run())
@@ -238,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--server", required=True, metavar="URL", help="what python -m server prints")
     add("--token", default="", help="its join token; needed until the unit is enrolled")
+    add("--ca", type=Path, metavar="PEM", help="the federation's own authority, of an https URL")
+    add("--certificate", type=Path, metavar="PEM", help="the unit's, for mutual TLS")
+    add("--key", type=Path, metavar="PEM", help="of the certificate")
     add("--name", required=True, help="of the unit: a-z, 0-9 and '-'")
     add("--folder", type=Path, required=True, metavar="DIR", help="of the unit, kept for good")
     add("--recording", type=Path, required=True, metavar="CSV", help="the drive; see README.md")
