@@ -29,15 +29,15 @@ def leftovers(out: Path) -> list[str]:
 
 
 def test_recordings_become_a_model_in_two_vehicles(tmp_path: Path) -> None:
-    both = simulate(1, minutes=6, modalities=("acc", "gyro")).without("gyro", 0.4, 0.5)
-    drives = {"van": both, "truck": simulate(2, minutes=6, modalities=("acc",))}
+    both = simulate(1, minutes=5, modalities=("acc", "gyro")).without("gyro", 0.4, 0.5)
+    drives = {"van": both, "truck": simulate(2, minutes=5, modalities=("acc",))}
     arguments = []
     for name, drive in drives.items():
         with (tmp_path / f"{name}.csv").open("w") as file:
             write_csv(drive, file)
         arguments += ["--recording", str(tmp_path / f"{name}.csv")]
     done = subprocess.run(
-        [*COMMAND, *arguments, "--trips", "2", "--rounds", "3", "--pace", "5000",
+        [*COMMAND, *arguments, "--trips", "2", "--rounds", "7", "--pace", "5000",
          "--out", str(tmp_path / "out"), "--json"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
@@ -45,13 +45,13 @@ def test_recordings_become_a_model_in_two_vehicles(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
     summary = json.loads(done.stdout)
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["source"], summary["rounds"]) == ("recordings", 6)
+    assert (summary["source"], summary["rounds"]) == ("recordings", 14)
     van, truck = summary["units"]["unit-1"], summary["units"]["unit-2"]
     assert (van["sensors"], truck["sensors"]) == (["acc", "gyro"], ["acc"])
     for unit in (van, truck):
-        assert unit["rounds"] == 6
+        assert unit["rounds"] == 14
         assert 0 < unit["labeled"] < unit["examples"]
-        assert unit["macro_f1_before"] < 0.3 < unit["macro_f1_after"]
+        assert unit["macro_f1_after"] > unit["macro_f1_before"] + 0.1
         first, second = unit["while_driving"]
         assert first is None  # there was no model yet
         assert 0 < second <= 1
