@@ -21,6 +21,7 @@ import torch
 
 from examples.android_sim import __main__ as android_sim
 from examples.android_sim.data import devices
+from examples.in_vehicle import __main__ as in_vehicle
 from server import __main__ as server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,6 +56,11 @@ def test_make_targets_exist(target: str) -> None:
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "examples.android_sim" in c])
 def test_the_emulator_takes_these_options(line: str) -> None:
     assert android_sim._parser().parse_args(shlex.split(line)[3:])
+
+
+def test_the_vehicles_take_these_options() -> None:
+    (line,) = [c for c in COMMANDS if "examples.in_vehicle" in c]
+    assert in_vehicle._parser().parse_args(shlex.split(line)[3:])
 
 
 def test_the_server_takes_a_broker() -> None:
