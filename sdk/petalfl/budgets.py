@@ -22,6 +22,9 @@ class Budgets:
             was trained is sent, with the weight of the examples it has seen.
         memory_bytes: That training may take on top of what is in memory before it, as
             `training_bytes` estimates. Batches are computed in so many parts that it suffices.
+        bytes_per_day: Up and down together, in any 24 hours; of messages and bodies, without what
+            HTTP, TLS and TCP add. Before a round for which there is no room the client goes
+            offline, until there is; one that has begun goes to its end.
 
     Raises:
         ValueError: A limit is not above 0.
@@ -29,9 +32,10 @@ class Budgets:
 
     seconds: float | None = None
     memory_bytes: int | None = None
+    bytes_per_day: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory_bytes"):
+        for name in ("seconds", "memory_bytes", "bytes_per_day"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"the budget of {name} is {value}, expected more than 0")

@@ -22,6 +22,7 @@ from petalfl.data import Labels
 from petalfl.downlink import Downlink
 from petalfl.errors import PetalError, StoreError
 from petalfl.examples import ExampleStore
+from petalfl.metering import ByteMeter
 from petalfl.pacing import Pacing
 from petalfl.participation import Participation
 from petalfl.provisioning import take_identity
@@ -33,6 +34,7 @@ from petalfl.trainer import Data, Trainer
 from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
+METER_NAME = "traffic.json"  # in the store, of a client whose bytes are limited
 
 __all__ = ["Budgets", "EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
 
@@ -65,7 +67,7 @@ class EdgeClient:
         should_train: Asked, on the training thread, before and between batches. While it says
             False, training rests where it is, and it is asked again every few seconds: is the
             device charging, idle, cool?
-        budgets: What a round may take of time and memory.
+        budgets: What it may take: a round of time and memory, a day of bytes.
         num_threads: Of each ONNX Runtime session.
         engine: ``auto`` trains on the ONNX Runtime that is installed; ``ort-training`` or ``ort``
             insist on that line of packages.
@@ -119,7 +121,11 @@ class EdgeClient:
         try:
             if identity is not None:
                 federation = take_identity(self._store, Path(identity)).federation
-            self._downlink = Downlink(url, federation, self._store, tls, check=self._pacing.check)
+            self._meter = self._make_meter(budgets)
+            self._downlink = Downlink(
+                url, federation, self._store, tls, self._pacing.check,
+                self._meter.count if self._meter else lambda num_bytes: None,
+            )  # fmt: skip
             self._trainer = Trainer(
                 self._store, self._callbacks, self._pacing, budgets or Budgets(), num_threads,
                 engine,
@@ -135,6 +141,11 @@ class EdgeClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._participation: Participation | None = None
+
+    def _make_meter(self, budgets: Budgets | None) -> ByteMeter | None:
+        if budgets is None or budgets.bytes_per_day is None:
+            return None
+        return ByteMeter(budgets.bytes_per_day, self._store.folder / METER_NAME)
 
     @property
     def device(self) -> str:
@@ -162,7 +173,7 @@ class EdgeClient:
             assert self._trainer.identity is not None
             self._participation = Participation(
                 self._trainer.identity, self._trainer, self._downlink, self._callbacks,
-                self._pacing, self._threads,
+                self._pacing, self._threads, self._meter,
             )  # fmt: skip
             if not self._pacing.is_stopping:  # or it was stopped before there was a part to stop
                 await self._participation.run(session, self._get_ready)

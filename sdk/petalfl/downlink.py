@@ -42,6 +42,7 @@ class Downlink:
         url: As of `EdgeClient`.
         tls: As in `open_way`.
         check: Called between the pieces of a download; what it raises ends that.
+        on_bytes: As in `HttpClient`.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Downlink:
         store: DeviceStore,
         tls: Tls | None = None,
         check: Callable[[], None] = lambda: None,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        self._way = open_way(url, federation, tls, check)
+        self._way = open_way(url, federation, tls, check, on_bytes)
         self.tls = tls
         self._store = store
         self._check = check

@@ -9,7 +9,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from petalfl.errors import EnrollError, TransportError
@@ -28,12 +28,18 @@ class HttpClient:
         url: The server's base URL, ``http(s)://host:port``.
         tls: Whom to trust, and the certificate to show, at an ``https`` URL; the default is to
             trust the system's authorities.
+        on_bytes: Told of the bytes of every body that was sent, and of what came of one.
 
     Raises:
         ValueError: ``url`` is of another form, or a file of ``tls`` cannot be used.
     """
 
-    def __init__(self, url: str, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        tls: Tls | None = None,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
         try:
             is_port = parts.port != 0
@@ -46,6 +52,7 @@ class HttpClient:
         self._context = self._tls.context() if self.is_tls or tls is not None else None
         self._opener = build_opener(self._context)
         self._authorization = ""
+        self._on_bytes = on_bytes
 
     def use_token(self, token: str) -> None:
         """Sends the join token from now on."""
@@ -98,15 +105,18 @@ class HttpClient:
                     raise BrokenOffError(
                         f"{self._url}{path}: {error} with {num_bytes - offset} bytes to go"
                     ) from error
+                self._on_bytes(len(data))
                 yield offset, data
                 offset += len(data)
 
     def _request(
         self, path: str, body: bytes | None, max_bytes: int, headers: dict[str, str] | None = None
     ) -> bytes:
+        self._on_bytes(len(body or b""))
         with self._open(path, body, headers or {}) as response:
             try:
                 data = response.read(max_bytes + 1)
+                self._on_bytes(len(data))
                 num_missing = response.length or 0
             except (OSError, ValueError, http.client.HTTPException) as error:
                 raise TransportError(f"{self._url}{path} broke off: {error}") from error

@@ -15,6 +15,7 @@ from petalfl.callbacks import Callbacks
 from petalfl.downlink import Downlink
 from petalfl.errors import PetalError, TransportError, WireError
 from petalfl.inbox import Inbox
+from petalfl.metering import ByteMeter, MeteredTransport
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.pacing import Pacing, Stopped
 from petalfl.source import NotThereError
@@ -28,6 +29,8 @@ from petalfl.ways import Session
 log = logging.getLogger("petalfl.client")
 BACKOFF_S = (0.5, 30.0)
 GOODBYE_TIMEOUT_S = 2.0
+ROOM_BYTES = 16 << 10  # for a round's other messages
+REST_POLL_S = 60.0  # how often a client that rests looks at the clock
 
 
 class Participation:
@@ -36,6 +39,7 @@ class Participation:
     Args:
         identity: Under which the device connects.
         pacing: Stopped when the run ends, so that training gives way.
+        meter: Of the day's bytes, if they are limited; the downlink's count there, too.
     """
 
     def __init__(
@@ -46,10 +50,12 @@ class Participation:
         callbacks: Callbacks,
         pacing: Pacing,
         threads: Threads,
+        meter: ByteMeter | None = None,
     ) -> None:
         self._identity = identity
         self._trainer, self._downlink = trainer, downlink
         self._callbacks, self._pacing, self._call = callbacks, pacing, threads.call
+        self._meter, self._is_resting = meter, False
         self._inbox = Inbox()
         self._stopped = asyncio.Event()
         self._transport: Transport | None = None
@@ -71,6 +77,8 @@ class Participation:
             get_ready: Gets the model and checks the data, on a thread, once there is a connection.
         """
         self._transport = await self._connect(session)
+        if self._meter is not None:
+            self._transport = MeteredTransport(self._transport, self._meter.count)
         uplink = Uplink(self._transport, self._identity.federation, self._identity.device)
         handler = functools.partial(_receive, self._inbox, uplink, self._downlink)
         self._downlink.attach(functools.partial(self._send, asyncio.get_running_loop()))
@@ -81,6 +89,8 @@ class Participation:
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._publish_status(False), GOODBYE_TIMEOUT_S)
             await self._transport.close()
+            if self._meter is not None:
+                self._meter.save()
 
     async def _take_part(self, get_ready: Callable[[], None], uplink: Uplink) -> None:
         await self._call(get_ready)
@@ -109,6 +119,8 @@ class Participation:
     async def _announce(self) -> None:
         """Says that the device is here and can take a task, at the start and after a break."""
         assert self._transport is not None
+        if self._is_resting:
+            return
         self._announced = ready = self._trainer.ready
         await self._publish_status(True)
         await self._transport.publish(self._topic(topics.request), wire.encode(ready), retain=True)
@@ -154,6 +166,9 @@ class Participation:
         while True:
             task = await self._inbox.get()
             trainer.check_blocks(task)
+            is_new = isinstance(task, wire.Finish) or task.round_num > trainer.state.round_num
+            if is_new and not await self._has_room(task):
+                continue
             if isinstance(task, wire.Finish):
                 if await self._fetch_patiently(task):
                     await self._call(trainer.empty_outbox)  # nothing counts any longer
@@ -174,6 +189,37 @@ class Participation:
                 self._announce_soon()
                 continue
             await self._inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
+
+    async def _has_room(self, task: wire.Task | wire.Finish) -> bool:
+        """Whether the day's bytes allow for the task; if not, the device has rested until then."""
+        if (meter := self._meter) is None:
+            return True
+        wanted = self._trainer.num_bytes(task) + ROOM_BYTES
+        try:
+            rest_s = meter.rest_s(wanted)
+        except ValueError as error:
+            raise PetalError(f"the budget is too small for a round: {error}") from error
+        if not rest_s:
+            await self._call(meter.save, wanted)
+            return True
+        left = max(0, meter.limit - meter.used)
+        reason = (
+            f"a round takes up to {wanted} bytes, {left} are left of the {meter.limit} of 24 hours:"
+            f" no round for the next {rest_s / 3600:.1f} h"
+        )
+        self._callbacks.survived(PetalError(reason))
+        self._is_resting = True
+        try:
+            with contextlib.suppress(TransportError):
+                await self._publish_status(False)
+            await self._call(meter.save)
+            while rest_s := meter.rest_s(wanted):
+                await asyncio.sleep(min(rest_s, REST_POLL_S))
+        finally:
+            self._is_resting = False
+        with contextlib.suppress(TransportError):  # a connection that comes back announces it, too
+            await self._announce()
+        return False
 
     async def _fetch_patiently(self, task: wire.Task | wire.Finish) -> bool:
         """Whether the blocks are here; if not, the server has said something else meanwhile."""
@@ -208,6 +254,8 @@ class Participation:
                 self._callbacks.survived(WireError(reason))
             is_accepted = receipt.status == "accepted"
             self._trainer.note_delivered(outgoing, is_accepted=is_accepted)
+        if self._meter is not None:
+            await self._call(self._meter.save)
         await self._call(self._trainer.empty_outbox)
 
 

@@ -18,7 +18,7 @@ from petalfl.adoption import adopt
 from petalfl.backoff import delays
 from petalfl.budgets import Budgets, fit_memory
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
-from petalfl.codecs import KINDS
+from petalfl.codecs import KINDS, parse_codec
 from petalfl.control_variates import correction, with_sum
 from petalfl.data import Labels
 from petalfl.errors import DataError, PetalError, StoreError, WireError
@@ -34,6 +34,7 @@ from petalfl.local_data import (
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
 from petalfl.pacing import Pacing
+from petalfl.payloads import max_payload_bytes
 from petalfl.private_tensors import check_tensors, private_values, put_back, withhold
 from petalfl.runtime import EngineName
 from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
@@ -227,6 +228,15 @@ class Trainer:
             if self._pointers.get(name) != to
             or (task.num_holders is not None and not self._sums[name].size)
         }
+
+    def num_bytes(self, task: wire.Task | wire.Finish) -> int:
+        """The most that downloads and updates of a task come to."""
+        down = sum(4 * self.travelling(name, task).size for name in self.lacking(task))
+        if isinstance(task, wire.Finish):
+            return down
+        codec = parse_codec(task.codec or "f32")
+        uploads = task.blocks if task.uploads is None else task.uploads
+        return down + sum(max_payload_bytes(codec, self.travelling(n, task)) for n in uploads)
 
     def keep_blocks(
         self, pointers: Mapping[str, wire.BlockVersion], vectors: Mapping[str, Vector]

@@ -56,19 +56,26 @@ class Way(Source, Protocol):
         ...
 
 
-def open_way(url: str, federation: str, tls: Tls | None, check: Callable[[], None]) -> Way:
+def open_way(
+    url: str,
+    federation: str,
+    tls: Tls | None,
+    check: Callable[[], None],
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> Way:
     """The way that a URL names.
 
     Args:
         tls: Whom to trust, and the certificate to show.
         check: Called while a download waits; what it raises ends that.
+        on_bytes: As in `HttpClient`; what comes over the broker is counted there.
 
     Raises:
         ValueError: ``url`` is malformed, or a file of ``tls`` cannot be used.
     """
     if url.startswith(("mqtt:", "mqtts:")):
         return MqttWay(parse_mqtt_url(url), Pull(check))
-    return HttpWay(HttpClient(url, tls), f"/v1/{federation}")
+    return HttpWay(HttpClient(url, tls, on_bytes), f"/v1/{federation}")
 
 
 class HttpWay:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 
 from petalfl import Budgets, DataError, PetalError, RoundMetrics
 from petalfl.budgets import fit_memory, training_bytes
+from petalfl.metering import ByteMeter
 from petalfl.model import ModelManifest
+from petalfl.participation import ROOM_BYTES
 from petalfl.training import Hyperparameters, TrainingResult, train
-from tests.integration.harness import Server
+from tests.integration.harness import Server, running_server
 from tests.petalfl.builders import make_block
-from tests.petalfl.clients import Make, running, until
+from tests.petalfl.clients import Make, is_gone, running, until
 
 # Of 1000 bytes an example, and 10 parameters each.
 HELD = [
@@ -27,7 +31,7 @@ PLAIN = Hyperparameters(0.1, batch_size=16)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
-@pytest.mark.parametrize("name", ["seconds", "memory_bytes"])
+@pytest.mark.parametrize("name", ["seconds", "memory_bytes", "bytes_per_day"])
 def test_a_budget_is_above_zero(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"the budget of {name} is .*, expected more than 0"):
         Budgets(**{name: value})
@@ -113,3 +117,78 @@ def test_batches_are_cut_to_the_memory(
     held = ModelManifest.load(small_artifacts).blocks_for({"a"})
     make(busy, "d", budgets=Budgets(memory_bytes=training_bytes(held, "sgd", 2))).run()
     assert parts == [2, 2, 2]  # of batches of 4
+
+
+# The day's bytes
+
+
+class Clock:
+    now_s = 1e9
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of the meters that clients make; who rests looks at it often."""
+    found = Clock()
+    monkeypatch.setattr("petalfl.client.ByteMeter", partial(ByteMeter, now_s=found))
+    monkeypatch.setattr("petalfl.participation.REST_POLL_S", 0.02)
+    return found
+
+
+def model_bytes(folder: Path) -> int:
+    """The files of a device with modality a."""
+    manifest = ModelManifest.load(folder)
+    held = manifest.blocks_for({"a"})
+    files = [graph for block in held for graph in block.artifacts.graphs]
+    return len(manifest.to_json()) + sum(
+        file.num_bytes for file in (*files, *manifest.optimizers.values())
+    )
+
+
+def round_bytes(folder: Path) -> int:
+    """What a round takes at most: every block down and up, and other messages."""
+    held = ModelManifest.load(folder).blocks_for({"a"})
+    return 8 * sum(block.size for block in held) + ROOM_BYTES
+
+
+def test_without_room_for_a_round_the_client_is_offline_until_there_is(
+    fully_shared: Server, make: Make, clock: Clock, small_artifacts: Path
+) -> None:
+    """Also behind a restart; then it goes on by itself."""
+    server, errors = fully_shared, list[PetalError]()
+    model, one_round = model_bytes(small_artifacts), round_bytes(small_artifacts)
+    budgets = Budgets(bytes_per_day=model + one_round + 3000)
+    client = make(server, "d", budgets=budgets, on_error=errors.append)
+    with running(client):
+        until(lambda: bool(errors), "rest")
+        until(lambda: is_gone(server, "d"), "offline")
+    assert client._trainer.state.round_num == 1 and client._meter is not None
+    assert model < client._meter.used < model + one_round
+    client.close()
+    again = make(server, "d", budgets=budgets, on_error=errors.append)
+    with running(again):
+        until(lambda: len(errors) == 2, "rest again")
+        until(lambda: is_gone(server, "d"), "offline again")
+        assert again._trainer.state.round_num == 1
+        clock.now_s += 26 * 3600
+        until(lambda: again._trainer.state.round_num == 3, "two rounds: the model is there")
+    assert re.fullmatch(
+        r"a round takes up to \d+ bytes, \d+ are left of the \d+ of 24 hours: no round for the "
+        r"next 2\d\.\d h", str(errors[0]),
+    )  # fmt: skip
+    assert len(errors) == 2
+
+
+@pytest.fixture
+def fully_shared(small_artifacts: Path, tmp_path: Path) -> Iterator[Server]:
+    arguments = ("--rounds", "3", "--scheme", "fm", "--batch-size", "4")
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        yield server
+
+
+def test_a_budget_below_a_round(busy: Server, make: Make, clock: Clock) -> None:
+    with pytest.raises(PetalError, match=r"the budget is too small for a round: .* of a day"):
+        make(busy, "d", budgets=Budgets(bytes_per_day=1000)).run()
