@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -41,6 +41,7 @@ def test_the_median_is_numpys(rules: Rules, values: Array) -> None:
     np.testing.assert_array_equal(rules.median(plain(values)), expected.astype(np.float32))
 
 
+@settings(max_examples=50)
 @given(values=some_values, cut=st.integers(1, 19), seed=st.integers(0, 99))
 def test_the_trimmed_mean_is_that_of_each_coordinate_sorted(
     rules: Rules, values: Array, cut: int, seed: int
@@ -81,10 +82,11 @@ def test_however_small_the_budget(
     """Down to tiles that begin where no codec's piece does."""
     deltas = mixed(11, 700 if budget == 1 else 6000)
     weights = np.linspace(1, 2, 11)
-    expected = rules.median(deltas), rules.trimmed_mean(deltas, weights, 2)
+    median = rules.median(deltas)
+    mean = rules.trimmed_mean(deltas, weights, 2).astype(np.float64)
     monkeypatch.setattr(tiles, "BUDGET_BYTES", budget)
-    np.testing.assert_array_equal(rules.median(deltas), expected[0])
-    np.testing.assert_array_equal(rules.trimmed_mean(deltas, weights, 2), expected[1])
+    np.testing.assert_array_equal(rules.median(deltas), median)
+    assert_close(rules.trimmed_mean(deltas, weights, 2), mean, mean)
 
 
 def test_sparse_updates_are_tied_at_zero(rules: Rules) -> None:
