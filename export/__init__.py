@@ -3,5 +3,6 @@
 from .artifacts import export_model
 from .merge import merge
 from .model import BlockModel
+from .warm import warm_start
 
-__all__ = ["BlockModel", "export_model", "merge"]
+__all__ = ["BlockModel", "export_model", "merge", "warm_start"]

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,8 @@ from .merge import merge
 from .model import BlockModel
 from .schema import manifest_schema
 from .verify import Finding, verify
+from .warm import warm_start
+from .weights import Weights
 
 _FORMS = """\
 Export a PyTorch model of blocks as per-block ONNX training artifacts.
@@ -34,6 +36,7 @@ other forms (each has its own --help):
   inspect DIR                        what is in an artifacts folder, and what it costs devices
   verify DIR                         prove again that a step on it is PyTorch's step
   merge --artifacts DIR --to FILE    trained blocks to one PyTorch or ONNX file
+  warm --artifacts DIR --out DIR     the same artifacts, starting from trained blocks
   schema                             JSON Schema of manifest.json
 """
 _EXAMPLES = """\
@@ -50,6 +53,11 @@ examples:
       then, in Python: my_model.load_state_dict(torch.load("model.pt"))
   python -m export merge --artifacts artifacts --weights http://host:8080 --token TOKEN \\
       --private device-store --modalities acc,gyro --to model.onnx
+"""
+_WARM_EXAMPLES = """\
+example, of heads that all devices have trained together and then each for itself:
+  python -m export warm --artifacts artifacts --weights petalfl-data --out warm
+  python -m server --artifacts warm --data-dir second --scheme ph
 """
 
 
@@ -139,6 +147,18 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _warm(options: argparse.Namespace) -> int:
+    found = warm_start(
+        options.artifacts,
+        options.out,
+        weights=options.weights,
+        token=options.token,
+        federation=options.federation,
+        progress=_counter("block"),
+    )
+    return _print_weights(options, options.out, found)
+
+
 def _merge(options: argparse.Namespace) -> int:
     merged = merge(
         options.artifacts,
@@ -150,14 +170,18 @@ def _merge(options: argparse.Namespace) -> int:
         modalities=options.modalities,
         progress=_counter("block"),
     )
+    return _print_weights(options, options.to, merged)
+
+
+def _print_weights(options: argparse.Namespace, to: Path, found: Mapping[str, Weights]) -> int:
     _clear_line()
     if options.json:
-        origins = {name: weights.origin for name, weights in merged.items()}
-        _print_json({"to": str(options.to), "blocks": origins})
+        origins = {name: weights.origin for name, weights in found.items()}
+        _print_json({"to": str(to), "blocks": origins})
     else:
-        rows = [(name, f"{w.vector.size:,}", w.origin) for name, w in merged.items()]
+        rows = [(name, f"{w.vector.size:,}", w.origin) for name, w in found.items()]
         print(_table([("block", "values", "from"), *rows], right={1}))
-        print(f"written to {options.to}")
+        print(f"written to {to}")
     return 0
 
 
@@ -213,6 +237,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "inspect": _inspect_parser,
         "verify": _verify_parser,
         "merge": _merge_parser,
+        "warm": _warm_parser,
         "schema": _schema_parser,
     }
     if arguments and arguments[0] in commands:
@@ -299,16 +324,38 @@ def _merge_parser() -> _Parser:
     add = parser.add_argument
     add("--artifacts", type=Path, required=True, metavar="DIR", help="what was exported")
     add("--to", type=Path, required=True, metavar="FILE", help="model.pt or model.onnx")
-    add("--weights", metavar="DIR_OR_URL",
-        help="a server's data folder, or the URL of a running server")  # fmt: skip
-    add("--token", default="", help="the server's join token, with a URL")
-    add("--federation", default="default", metavar="NAME",
-        help="on that server (default: %(default)s)")  # fmt: skip
+    _add_weights(parser, is_required=False)
     add("--private", type=Path, metavar="STORE",
         help="a device's store, for its private blocks; close its client first")  # fmt: skip
     add("--modalities", type=_names, metavar="A,B",
         help="inputs of model.onnx (default: all); the others are absent for good")  # fmt: skip
     return parser
+
+
+def _warm_parser() -> _Parser:
+    parser = _make_parser(
+        "warm",
+        _warm,
+        "Write the artifacts again, with a federation's trained values as initial ones. Another\n"
+        "federation that serves them starts from these: its shared blocks, and the private blocks\n"
+        "of every device. What --weights does not have keeps its initial values.",
+        _WARM_EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--artifacts", type=Path, required=True, metavar="DIR", help="what was exported")
+    add("--out", type=Path, required=True, metavar="DIR",
+        help="artifacts folder to write; replaced as a whole")  # fmt: skip
+    _add_weights(parser, is_required=True)
+    return parser
+
+
+def _add_weights(parser: _Parser, is_required: bool) -> None:
+    add = parser.add_argument
+    add("--weights", metavar="DIR_OR_URL", required=is_required,
+        help="a server's data folder, or the URL of a running server")  # fmt: skip
+    add("--token", default="", help="the server's join token, with a URL")
+    add("--federation", default="default", metavar="NAME",
+        help="on that server (default: %(default)s)")  # fmt: skip
 
 
 def _schema_parser() -> _Parser:

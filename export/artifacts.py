@@ -71,7 +71,7 @@ def export_model(
             or ``out`` holds something else.
     """
     out = out.resolve()
-    if foreign := _foreign(out):
+    if foreign := foreign_file(out):
         raise ModelError(
             f"{out} holds something that is no artifacts folder ({foreign}); choose another place"
         )
@@ -91,7 +91,7 @@ def export_model(
         for python in check_with:
             progress(f"reference steps with {python}")
             check_elsewhere(python, work)
-        _move(work, out)
+        move_into_place(work, out)
     except OSError as error:
         raise ModelError(f"cannot write {out}: {error.strerror}") from error
     finally:
@@ -105,7 +105,7 @@ _FILES = re.compile(
 )
 
 
-def _foreign(out: Path) -> str:
+def foreign_file(out: Path) -> str:
     """A file there that no export has made, if any: a folder with one is not replaced."""
     if out.is_file():
         return "a file"
@@ -125,7 +125,7 @@ def _is_artifacts(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"format_version", "modalities"} <= manifest.keys()
 
 
-def _move(work: Path, out: Path) -> None:
+def move_into_place(work: Path, out: Path) -> None:
     """Puts ``work`` in the place of ``out``, which goes only when that has succeeded."""
     work.chmod(0o755)
     aside = work.with_name(f"{work.name}-old")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeAlias
 
 from petalfl.errors import ModelError
 from petalfl.files import write_atomic
@@ -14,16 +12,7 @@ from petalfl.model import ModelManifest
 
 from .compose import compose
 from .state import join_state, to_file
-from .weights import (
-    Progress,
-    Weights,
-    folder_weights,
-    initial_weights,
-    server_weights,
-    store_weights,
-)
-
-StrPath: TypeAlias = str | os.PathLike[str]
+from .weights import Progress, StrPath, Weights, newest_weights, store_weights
 
 
 def merge(
@@ -66,13 +55,7 @@ def merge(
     manifest = ModelManifest.load(artifacts)
     wanted = list(manifest.modalities if modalities is None else modalities)
     manifest.blocks_for(wanted)
-    merged = initial_weights(artifacts, manifest)
-    if weights is not None and str(weights).startswith(("http://", "https://")):
-        merged |= server_weights(
-            str(weights), manifest, token=token, federation=federation, progress=progress
-        )
-    elif weights is not None:
-        merged |= folder_weights(Path(weights), manifest)
+    merged = newest_weights(artifacts, manifest, weights, token, federation, progress)
     if private is not None:
         merged |= store_weights(Path(private), manifest, merged)
     vectors = {name: value.vector for name, value in merged.items()}

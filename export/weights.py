@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from safetensors.numpy import load
@@ -26,6 +27,7 @@ from petalfl.vectors import Vector, from_bytes
 _OPTIMIZER = "optimizer."  # before the names of the server's own, beside the block's tensors
 
 Progress = Callable[[int, int], None]  # told what is done, and the total
+StrPath: TypeAlias = str | os.PathLike[str]
 
 
 class Weights(NamedTuple):
@@ -47,6 +49,25 @@ def initial_weights(folder: Path, manifest: ModelManifest) -> dict[str, Weights]
         )
         for block in manifest.blocks
     }
+
+
+def newest_weights(
+    artifacts: Path,
+    manifest: ModelManifest,
+    weights: StrPath | None,
+    token: str,
+    federation: str,
+    progress: Progress,
+) -> dict[str, Weights]:
+    """Of every block, the newest that there are; arguments and errors as of `export.merge`."""
+    found = initial_weights(artifacts, manifest)
+    if weights is None:
+        return found
+    if str(weights).startswith(("http://", "https://")):
+        return found | server_weights(
+            str(weights), manifest, token=token, federation=federation, progress=progress
+        )
+    return found | folder_weights(Path(weights), manifest)
 
 
 def folder_weights(folder: Path, manifest: ModelManifest) -> dict[str, Weights]:

@@ -133,6 +133,7 @@ FORMS = {
     "inspect": "python -m export inspect artifacts",
     "verify": "python -m export verify artifacts --model my_model:build --batches 10",
     "merge": "--weights http://host:8080 --token TOKEN",
+    "warm": "python -m export warm --artifacts artifacts --weights petalfl-data --out warm",
     "schema": "python -m export schema > manifest.schema.json",
 }
 
@@ -157,6 +158,7 @@ WRONG: dict[str, list[str]] = {
     "--batches: found '0', expected a number from 1": ["verify", "x", "--batches", "0"],
     "--seed: found '-1', expected a number from 0": ["verify", "x", "--seed=-1"],
     "required: --artifacts, --to": ["merge"],
+    "required: --artifacts, --out, --weights": ["warm"],
     "unrecognized arguments: x": ["schema", "x"],
 }
 
@@ -423,14 +425,18 @@ def test_merge_hands_everything_on(
         options["progress"](2, 2)
         return {"fusion": Weights(np.zeros(78, np.float32), "server, version 4")}
 
-    merge = sys.modules["export.merge"]  # `export.merge` is the function
-    monkeypatch.setattr(merge, "server_weights", server_weights)
+    monkeypatch.setattr("export.weights.server_weights", server_weights)
     files = ["--artifacts", str(small_artifacts), "--to", str(tmp_path / "model.pt")]
     server = ["--weights", "https://host", "--token", "secret", "--federation", "hall"]
     assert main(["merge", *files, *server]) == 0
     del asked["progress"]
     assert asked == {"url": "https://host", "token": "secret", "federation": "hall"}
     assert not torch.load(tmp_path / "model.pt")["fusion.attention.weight"].any()
+    asked.clear()
+    out = tmp_path / "warm"
+    assert main(["warm", "--artifacts", str(small_artifacts), "--out", str(out), *server]) == 0
+    assert asked.keys() == {"url", "token", "federation", "progress"}
+    assert not np.frombuffer((out / "fusion" / "parameters.bin").read_bytes(), np.uint8).any()
 
 
 BAD_MERGES = {

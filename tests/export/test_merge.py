@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from export import BlockModel, export_model, merge
+from export import BlockModel, export_model, merge, warm_start
 from export.models.avmnist import digits
 from export.models.projector import projector
 from export.weights import server_weights
@@ -24,6 +24,7 @@ from petalfl.engine import OrtEngine
 from petalfl.errors import EnrollError, ModelError, PetalError, StoreError, TransportError
 from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
+from petalfl.reference import Reference, take_steps
 from petalfl.steps import predict_outputs
 from petalfl.store import DeviceStore, Identity, State
 from petalfl.vectors import Vector, from_bytes, to_bytes
@@ -475,6 +476,52 @@ def test_servers_that_are_none(tied: Exported, tmp_path: Path) -> None:
     for url, kind in (("http://", ModelError), ("http://127.0.0.1:9", TransportError)):
         with pytest.raises(kind):
             merge(tied.artifacts, tmp_path / "model.pt", weights=url)
+
+
+# --- artifacts to start from ---
+
+
+def test_artifacts_that_start_from_what_was_trained(tied: Exported, tmp_path: Path) -> None:
+    """Nothing else of them changes but the reference steps, which follow the values."""
+    warm = tmp_path / "warm"
+    merged = warm_start(tied.artifacts, warm, weights=tied.data)
+    assert {w.origin for w in merged.values()} == {"server, version 10"}
+    manifest = ModelManifest.load(warm)
+    for name, vector in initial(warm, manifest).items():
+        np.testing.assert_array_equal(vector, tied.vectors[name])
+    assert manifest.layout_sha256 == tied.manifest.layout_sha256
+    changed_files = {
+        path.relative_to(warm).as_posix()
+        for path in warm.rglob("*")
+        if path.is_file()
+        and path.read_bytes() != (tied.artifacts / path.relative_to(warm)).read_bytes()
+    }
+    values = {f"{b.name}/parameters.bin" for b in manifest.blocks if not b.is_frozen}
+    assert changed_files == {"manifest.json", "reference.json", *values}
+    steps = take_steps(OrtEngine(warm), manifest, warm, Reference.load(warm))
+    assert steps.difference(Reference.load(warm)) < 1e-6
+    assert steps.difference(Reference.load(tied.artifacts)) > 1e-4
+    again = merge(warm, tmp_path / "model.pt")
+    assert {w.origin for w in again.values()} == {"artifacts"}
+    (warm / "fusion" / "parameters.bin").unlink()  # it is replaced as a whole
+    warm_start(tied.artifacts, warm, weights=tied.data)
+    assert ModelManifest.load(warm) == manifest
+
+
+def test_artifacts_that_are_not_written(
+    tied: Exported, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis").write_bytes(b"")
+    cases: dict[str, tuple[Path, Path]] = {
+        "is what the values are to go into; choose another": (tied.artifacts, tied.data),
+        r"holds something that is no artifacts folder \(thesis": (tmp_path / "else", tied.data),
+        "is none of its blocks": (tmp_path / "warm", exported("small").data),
+    }
+    for message, (out, weights) in cases.items():
+        with pytest.raises(ModelError, match=message):
+            warm_start(tied.artifacts, out, weights=weights)
+    assert {path.name for path in tmp_path.iterdir()} == {"else"}
 
 
 # --- private blocks ---
