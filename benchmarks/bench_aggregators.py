@@ -98,7 +98,7 @@ def aggregator_row(rule: str, block: Block, deltas: Sequence[Vector]) -> Row:
     state = fold()
     update_s = _least(fold) / len(deltas)
     end_s = _least(lambda: aggregator.finalize(state))
-    keeps = not hasattr(state, "total")  # a sum; all other rules keep the deltas
+    keeps = hasattr(state, "deltas")
     kept_bytes = sum(delta.nbytes for delta in deltas) if keeps else 0
     return Row(rule, update_s, end_s, _peak(lambda: aggregator.finalize(fold())), kept_bytes)
 

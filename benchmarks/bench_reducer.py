@@ -188,9 +188,7 @@ def _rules(options: argparse.Namespace) -> list[Row]:
             options.flower_python,
         )  # fmt: skip
         if options.matrix:
-            rows += reducer_rules.matrix_rows(
-                options.rules_updates, options.matrix, 1024, svd=False
-            )
+            rows += reducer_rules.matrix_rows(options.rules_updates, options.matrix, 1024)
     return rows
 
 

@@ -3,7 +3,8 @@
 `python -m benchmarks.reducer_rules [--flower-python PATH] [--svd] [--json | --markdown]`. Standard
 normal updates of a block, aggregated by each rule; the merged matrix has directions of falling
 strength. ``--flower-python`` names a Python that has `flwr` (`contenders/flower_numpy.py` says how
-to make one), ``--svd`` adds torch's SVD of all deltas side by side, which takes minutes.
+to make one), ``--svd`` adds torch's SVD of all deltas side by side, which takes minutes. On a GPU:
+``--reducer cuda --device cuda``, which adds updates that lie in the device's memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,13 +33,16 @@ from petalfl.vectors import Vector
 from server.aggregators import parse_aggregator
 from server.reducer import choose, parse_reducer, use
 
+if TYPE_CHECKING:
+    import torch
+
 FLOWER = Path(__file__).parent / "contenders" / "flower_rules.py"
 FLOWERS = {"median": "median", "trimmed-mean:0.1": "trimmed-mean", "multi-krum": "multi-krum"}
 NOTES = """\
 Wall: median, least and most of the repeats; CPU: the least, of all threads together, which other
 work on the machine changes little. Ratios: to the same row of petalfl in f32. Memory: the most that
-was resident while the rule ran beyond what was before; the updates are not in it. By examples: no
-two weights are equal."""
+was resident on the host while the rule ran beyond what was before; the updates are not in it. By
+examples: no two weights are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows:
         head += f"; canonical: of {options.rows} x {options.columns}"
     head += f". Reducer: {backend.name} ({backend.description})."
-    print(
-        "\n\n".join(
-            [
-                report(rows, is_markdown=options.markdown),
-                head,
-                NOTES,
-                describe_machine("numpy", "torch"),
-            ]
-        )
-    )
+    packages = ("numpy", "torch") if options.svd or options.device != "cpu" else ("numpy",)
+    parts = [report(rows, is_markdown=options.markdown), head, NOTES, describe_machine(*packages)]
+    print("\n\n".join(parts))
     return 0
 
 
@@ -87,7 +86,10 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
         options.updates, options.size, options.repeats, options.flower_python
     )
     if options.rows:
-        rows += matrix_rows(options.updates, options.rows, options.columns, svd=options.svd)
+        device = options.device if options.svd else None
+        rows += matrix_rows(options.updates, options.rows, options.columns, svd=device)
+    if options.device != "cpu":
+        rows += resident_rows(options.updates, options.size, options.repeats, options.device)
     return rows
 
 
@@ -104,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--columns", type=int, default=1024, metavar="N", help="default 1024")
     add("--repeats", type=int, default=5, metavar="N", help="default 5")
     add("--reducer", type=parse_reducer, default="auto", help="as of the server; default auto")
+    add("--device", default="cpu", help="of torch, for the SVD, and if not cpu for median and "
+        "trimmed mean of updates that lie there; default cpu")  # fmt: skip
     add("--flower-python", type=Path, metavar="PATH",
         help="a Python with flwr; without it Flower is left out")  # fmt: skip
     add("--svd", action="store_true", help="next to canonical, torch's SVD; takes minutes")
@@ -140,8 +144,39 @@ def rank_and_distance_rows(
     return rows
 
 
-def matrix_rows(num_updates: int, num_rows: int, num_columns: int, *, svd: bool) -> list[Row]:
-    """Rows of `canonical`, and of the SVD that its formulas suggest."""
+def resident_rows(num_updates: int, size: int, repeats: int, device: str) -> list[Row]:
+    """Rows of values that lie on a device of torch, next to its own ways with them."""
+    import torch  # here alone, for it takes seconds
+
+    from server.reducer.rules import torch_rules
+
+    values = torch.randn((num_updates, size), device=device)
+    weights = torch.ones(num_updates, dtype=torch.float64, device=device)
+    cut, rows = num_updates // 10, []
+    cases: list[tuple[str, str, Callable[[], torch.Tensor]]] = [
+        ("median", "petalfl", lambda: torch_rules.median(values)),
+        ("median", "torch median", lambda: values.median(dim=0).values),
+        ("median", "torch sort", lambda: values.sort(dim=0).values[num_updates // 2]),
+        ("trimmed-mean:0.1", "petalfl", lambda: torch_rules.trimmed_mean(values, weights, cut)),
+        ("trimmed-mean:0.1", "torch sort", lambda: values.sort(0).values[cut:-cut].mean(dim=0)),
+    ]
+    for rule, contender, kernel in cases:
+        wait = partial(_wait, kernel)
+        wait()  # compiles it
+        rows.append(
+            measure(f"{rule} on {device}", contender, "f32", num_updates, size, repeats, wait)
+        )
+    return rows
+
+
+def _wait(kernel: Callable[[], torch.Tensor]) -> float:
+    return kernel()[0].item()
+
+
+def matrix_rows(
+    num_updates: int, num_rows: int, num_columns: int, *, svd: str | None = None
+) -> list[Row]:
+    """Rows of `canonical`, and of the SVD that its formulas suggest on a device of torch."""
     rng, block = np.random.default_rng(0), matrix_block(num_rows, num_columns)
     falling = (0.97 ** np.arange(num_columns)).astype(np.float32)
     turn = np.linalg.qr(rng.standard_normal((num_columns, num_columns)))[0].astype(np.float32)
@@ -155,18 +190,19 @@ def matrix_rows(num_updates: int, num_rows: int, num_columns: int, *, svd: bool)
         finalize = aggregation("canonical", block, deltas, [1.0] * num_updates)
         rows.append(measure("canonical", "petalfl", codec, num_updates, block.size, 1, finalize))
         del deltas, finalize
-    if svd:
+    if svd is not None:
         side_by_side = np.concatenate([v.reshape(num_rows, num_columns).T for v in vectors], axis=1)
         del vectors
         rows.append(measure("canonical", "torch SVD", "f32", num_updates, block.size, 1,
-                            lambda: _svd(side_by_side)))  # fmt: skip
+                            lambda: _svd(side_by_side, svd)))  # fmt: skip
     return rows
 
 
-def _svd(side_by_side: Vector) -> object:
-    import torch  # here alone, for it takes seconds
+def _svd(side_by_side: Vector, device: str) -> object:
+    import torch
 
-    return torch.linalg.svd(torch.from_numpy(side_by_side), full_matrices=False)
+    found = torch.linalg.svd(torch.from_numpy(side_by_side).to(device), full_matrices=False)
+    return found.S[0].item()
 
 
 def encode(block: Block, vectors: Sequence[Vector], codec: str) -> list[EncodedDelta]:
