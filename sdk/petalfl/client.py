@@ -16,17 +16,19 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from petalfl import topics
+from petalfl.backoff import delays
 from petalfl.budgets import Budgets
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.data import Labels
 from petalfl.downlink import Downlink
-from petalfl.errors import PetalError, StoreError
+from petalfl.errors import PetalError, StoreError, TransportError
 from petalfl.examples import ExampleStore
 from petalfl.metering import ByteMeter
-from petalfl.pacing import Pacing
+from petalfl.pacing import Pacing, Stopped
 from petalfl.participation import Participation
 from petalfl.provisioning import take_identity
 from petalfl.runtime import EngineName, find_runtime
+from petalfl.source import NotThereError
 from petalfl.store import DeviceStore
 from petalfl.threads import Threads
 from petalfl.tls import Tls
@@ -34,6 +36,7 @@ from petalfl.trainer import Data, Trainer
 from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
+BACKOFF_S = (0.5, 30.0)  # of a server that cannot be reached at the start
 METER_NAME = "traffic.json"  # in the store, of a client whose bytes are limited
 
 __all__ = ["Budgets", "EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
@@ -137,7 +140,7 @@ class EdgeClient:
         self._thread: threading.Thread | None = None
         self._has_begun, self._has_ended = threading.Event(), threading.Event()
         self._lifecycle = threading.Lock()
-        self._is_closing = False
+        self._is_closing = self._is_stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._participation: Participation | None = None
@@ -161,27 +164,49 @@ class EdgeClient:
         """Takes part until the federation's last round or `stop`.
 
         Enrolls first if need be. Broken connections are mended; what was trained and has no
-        receipt yet is sent again, also after a restart.
+        receipt yet is sent again, also after a restart. A server that cannot be reached is tried
+        again with back-off, which ``on_error`` is told, but for a device that has not enrolled.
 
         Raises:
-            PetalError: There is no ONNX Runtime to train on, enrollment is refused, the data does
-                not fit the model, the server cannot be reached at the start, or training failed.
+            PetalError: There is no ONNX Runtime to train on, enrollment is refused or nobody
+                answers it, the data does not fit the model, or training failed.
         """
         self._begin()
+        is_known = self._trainer.identity is not None  # to the server, and it to us
         try:
-            session = await self._threads.call(self._enter)
-            assert self._trainer.identity is not None
-            self._participation = Participation(
-                self._trainer.identity, self._trainer, self._downlink, self._callbacks,
-                self._pacing, self._threads, self._meter,
-            )  # fmt: skip
-            if not self._pacing.is_stopping:  # or it was stopped before there was a part to stop
-                await self._participation.run(session, self._get_ready)
+            for delay_s in delays(*BACKOFF_S):
+                try:
+                    await self._take_part()
+                    break
+                except TransportError as error:
+                    if self._is_stopped or isinstance(error, NotThereError) or not is_known:
+                        raise
+                    again = TransportError(f"no part in the federation yet ({error}): trying again")
+                    self._callbacks.survived(again)
+                await self._rest(delay_s)
+        except Stopped:
+            log.info("%s was stopped before it took part", self.device)
         except PetalError as error:
             self._callbacks.told(error)
             raise
         finally:
             self._end()
+
+    async def _take_part(self) -> None:
+        session = await self._threads.call(self._enter)
+        assert self._trainer.identity is not None
+        self._participation = Participation(
+            self._trainer.identity, self._trainer, self._downlink, self._callbacks,
+            self._pacing, self._threads, self._meter,
+        )  # fmt: skip
+        if not self._pacing.is_stopping:  # or it was stopped before there was a part to stop
+            await self._participation.run(session, self._get_ready)
+
+    async def _rest(self, delay_s: float) -> None:
+        self._pacing.begin()  # what has ended a participation has stopped it
+        if self._is_stopped:
+            self._pacing.stop()
+        await self._threads.call(self._pacing.rest, delay_s)
 
     def _begin(self) -> None:
         with self._lifecycle:
@@ -189,6 +214,7 @@ class EdgeClient:
                 raise RuntimeError(f"the client is {'running already' if self._loop else 'closed'}")
             self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         self._has_ended.clear()
+        self._is_stopped = False
         self._pacing.begin()
         self._has_begun.set()
 
@@ -267,6 +293,7 @@ class EdgeClient:
         A round that is being trained is given up and trained again next time; an update on its
         way stays in the outbox. A pause ends with it. `close` waits until it is so.
         """
+        self._is_stopped = True
         self._pacing.stop()
         self._tell(Participation.stop)
 

@@ -40,3 +40,8 @@ class StoreError(PetalError):
 
 class TransportError(PetalError):
     """A broker or an HTTP server that cannot be reached or hung up."""
+
+
+def printable(text: str) -> str:
+    """What somebody else has said, in one line and without control characters: fit for a log."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()

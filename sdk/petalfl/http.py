@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from petalfl.errors import EnrollError, TransportError
+from petalfl.errors import EnrollError, TransportError, printable
 from petalfl.paced import TIMEOUT_S, build_opener
 from petalfl.source import BrokenOffError, NoSuchRangeError, NotThereError
 from petalfl.tls import Tls, explain
@@ -185,7 +185,7 @@ def _check_announced(
 def _read_reason(error: urllib.error.HTTPError) -> str:
     try:
         with error:
-            return error.read(500).decode(errors="replace").strip()
+            return printable(error.read(500).decode(errors="replace"))
     except (OSError, http.client.HTTPException):
         return ""
 

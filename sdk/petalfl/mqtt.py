@@ -34,6 +34,7 @@ log = logging.getLogger("petalfl.mqtt")
 CONNECT_TIMEOUT_S = 5.0  # of TCP, and again of TLS
 KEEPALIVE_S = 60
 MISC_INTERVAL_S = 5.0
+MAX_PACKET_BYTES = 16 << 20  # a server reads the administration's answers, too
 MOST_READS = 32  # before the event loop has its turn
 BACKOFF_S = (0.5, 30.0)
 
@@ -283,11 +284,21 @@ class MqttTransport:
         self._cork(True)
         for _ in range(MOST_READS):
             self._client.loop_read()
+            self._refuse_giants()
             if self._socket is None or not _has_more(self._socket):
                 break
         self._cork(False)
         while isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
             self._client.loop_read()  # decrypted already: the socket will not say so again
+
+    def _refuse_giants(self) -> None:
+        """Leaves a broker that sends more in one packet than anything needs: up to 256 MiB."""
+        packet = self._client._in_packet
+        num_bytes = packet["to_process"] + len(packet["packet"])
+        if num_bytes > MAX_PACKET_BYTES:
+            log.warning("%s sends a packet of %d bytes, at most %d are read", self._endpoint,
+                        num_bytes, MAX_PACKET_BYTES)  # fmt: skip
+            self._hang_up()
 
     def _cork(self, is_corked: bool) -> None:
         if self._socket is not None and hasattr(socket, "TCP_CORK"):

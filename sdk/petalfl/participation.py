@@ -7,14 +7,15 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from petalfl import topics, wire
 from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks
 from petalfl.downlink import Downlink
-from petalfl.errors import PetalError, TransportError, WireError
+from petalfl.errors import PetalError, TransportError, WireError, printable
 from petalfl.inbox import Inbox
+from petalfl.logs import RareLog
 from petalfl.metering import ByteMeter, MeteredTransport
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.pacing import Pacing, Stopped
@@ -31,6 +32,7 @@ BACKOFF_S = (0.5, 30.0)
 GOODBYE_TIMEOUT_S = 2.0
 ROOM_BYTES = 16 << 10  # for a round's other messages
 REST_POLL_S = 60.0  # how often a client that rests looks at the clock
+ANNOUNCE_PAUSE_S = 0.1
 
 
 class Participation:
@@ -60,6 +62,9 @@ class Participation:
         self._stopped = asyncio.Event()
         self._transport: Transport | None = None
         self._announced: wire.Ready | None = None
+        self._announcing: asyncio.Future[None] | None = None
+        self._must_announce = False
+        self._log = RareLog(log)
 
     def stop(self) -> None:
         """Makes `run` end."""
@@ -80,12 +85,14 @@ class Participation:
         if self._meter is not None:
             self._transport = MeteredTransport(self._transport, self._meter.count)
         uplink = Uplink(self._transport, self._identity.federation, self._identity.device)
-        handler = functools.partial(_receive, self._inbox, uplink, self._downlink)
+        handler = functools.partial(self._receive, uplink)
         self._downlink.attach(functools.partial(self._send, asyncio.get_running_loop()))
         try:
             await self._transport.subscribe(self._topic(topics.all_down), handler)
             await self._until_stopped(asyncio.create_task(self._take_part(get_ready, uplink)))
         finally:  # however it ends: no later round waits for this device
+            if self._announcing is not None:
+                self._announcing.cancel()
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._publish_status(False), GOODBYE_TIMEOUT_S)
             await self._transport.close()
@@ -136,13 +143,35 @@ class Participation:
         asyncio.run_coroutine_threadsafe(work, loop).result()
 
     def _announce_soon(self) -> None:
-        if self._transport is not None:
-            _in_background(self._announce())
+        """At once, or after the one under way: a server that wants it cannot pile them up."""
+        self._must_announce = True
+        if self._transport is not None and (self._announcing is None or self._announcing.done()):
+            self._announcing = asyncio.ensure_future(self._announce_while_due())
+            self._announcing.add_done_callback(_log_failure)
+
+    async def _announce_while_due(self) -> None:
+        while self._must_announce:
+            self._must_announce = False
+            await self._announce()
+            await asyncio.sleep(ANNOUNCE_PAUSE_S)
 
     async def _publish_status(self, is_online: bool) -> None:
         assert self._transport is not None
         status = wire.encode(wire.Status(is_online))
         await self._transport.publish(self._topic(topics.status), status, retain=True)
+
+    def _receive(self, uplink: Uplink, topic: str, payload: bytes) -> None:
+        try:
+            message = wire.decode(payload)
+        except WireError as error:
+            self._log.warning("ignored a malformed message on %s: %s", topic, error)
+            return
+        if isinstance(message, wire.Receipt):
+            uplink.receive(message)
+        elif isinstance(message, (wire.Task, wire.Finish)):
+            self._inbox.put(message)
+        elif isinstance(message, (wire.Part, wire.Declined)):
+            self._downlink.receive(message)
 
     async def _until_stopped(self, worker: asyncio.Task[None]) -> None:
         stopped = asyncio.create_task(self._stopped.wait())
@@ -184,7 +213,7 @@ class Participation:
                     continue
             elif task.round_num < trainer.state.round_num or not trainer.state.outbox:
                 # A replay; or the server has gone back to a backup, and then it says it again.
-                log.warning("ignored a task of round %d, long trained", task.round_num)
+                self._log.warning("ignored a task of round %d, long trained", task.round_num)
                 doubted = task.round_num
                 self._announce_soon()
                 continue
@@ -228,7 +257,7 @@ class Participation:
                 await self._call(self._fetch_blocks, task)
                 break
             except NotThereError as error:  # the server has gone on, or back
-                log.warning("no blocks (%s): asking for another task", error)
+                self._log.warning("no blocks (%s): asking for another task", error)
                 self._announce_soon()
             except TransportError as error:  # the server may be on its way back
                 self._callbacks.survived(TransportError(f"no blocks yet ({error}): trying again"))
@@ -250,32 +279,13 @@ class Participation:
         for outgoing in self._trainer.state.outbox:
             receipt = await uplink.deliver(outgoing)
             if receipt.status == "rejected":
-                reason = f"the server rejected an update: {receipt.reason}"
+                reason = f"the server rejected an update: {printable(receipt.reason)}"
                 self._callbacks.survived(WireError(reason))
             is_accepted = receipt.status == "accepted"
             self._trainer.note_delivered(outgoing, is_accepted=is_accepted)
         if self._meter is not None:
             await self._call(self._meter.save)
         await self._call(self._trainer.empty_outbox)
-
-
-def _receive(inbox: Inbox, uplink: Uplink, downlink: Downlink, topic: str, payload: bytes) -> None:
-    try:
-        message = wire.decode(payload)
-    except WireError as error:
-        log.warning("ignored a malformed message on %s: %s", topic, error)
-        return
-    if isinstance(message, wire.Receipt):
-        uplink.receive(message)
-    elif isinstance(message, (wire.Task, wire.Finish)):
-        inbox.put(message)
-    elif isinstance(message, (wire.Part, wire.Declined)):
-        downlink.receive(message)
-
-
-def _in_background(work: Awaitable[None]) -> None:
-    task = asyncio.ensure_future(work)
-    task.add_done_callback(_log_failure)
 
 
 def _log_failure(task: asyncio.Future[None]) -> None:

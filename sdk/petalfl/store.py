@@ -27,7 +27,7 @@ from petalfl.errors import ModelError, StoreError
 from petalfl.files import sha256_of, write_atomic
 from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, ModelManifest
 from petalfl.partials import Partials
-from petalfl.schema import Limit, Name, plain, read
+from petalfl.schema import Limit, Name, Pattern, plain, read
 from petalfl.sealed import HEADER_BYTES, DamagedError, Seal
 
 log = logging.getLogger("petalfl.store")
@@ -55,7 +55,7 @@ class Identity:
 
     federation: Name
     device: Name
-    password: Annotated[str, Limit(16, 256)]
+    password: Annotated[str, Pattern(r"[!-~]{16,256}")]
     private_blocks: Annotated[tuple[Name, ...], Limit(0, 128)]
     private_tensors: Annotated[tuple[_TensorName, ...], Limit(0, 4096)] = ()
 

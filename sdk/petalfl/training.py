@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.control_variates import Corrections
-from petalfl.engine import Engine
-from petalfl.errors import DataError
+from petalfl.engine import Engine, memory_bytes
+from petalfl.errors import DataError, ModelError
 from petalfl.local_data import LocalData
 from petalfl.model import Block, ModelManifest, differentiated
 from petalfl.optimizers import ClientOptimizer, OptimizerState, Scalars, adamw, sgd
@@ -146,17 +149,18 @@ def train(
             f"with {', '.join(data.modalities)} there is nothing to train: all is frozen"
         )
     num_examples = len(data)
-    steps = [
-        (trained, batch)
+    phases = [
+        (trained, _Batches(num_examples, held, hyperparameters, rng))
         for trained in _phases(held, shared, hyperparameters.method)
-        for batch in _batches(num_examples, held, hyperparameters, rng)
     ]
+    num_steps = sum(len(batches) for _, batches in phases)
+    _check_memory(manifest, min(num_examples, hyperparameters.batch_size), hyperparameters)
     optimizer = _optimizer(engine, manifest, hyperparameters)
     current = {block.name: parameters[block.name] for block in held}
     states = {b.name: optimizer.init(current[b.name][: b.num_trainable]) for b in held}
     controls = Corrections(corrections)
     losses: list[float] = []
-    for done, (trained, batch) in enumerate(steps):
+    for done, (trained, batch) in enumerate(_steps(phases)):
         if not should_train() or (max_seconds is not None and clock() - start_s >= max_seconds):
             break
         inputs, labels = data.take(batch)
@@ -168,12 +172,13 @@ def train(
         _descend(current, states, optimizer, step.gradients, hyperparameters, shared, controls)
         replace_statistics(current, step.statistics)
         losses.append(step.loss)
-        on_batch(done + 1, len(steps))
+        on_batch(done + 1, num_steps)
     if not all(np.isfinite(vector).all() for vector in current.values()):
         raise _diverged(": a parameter is NaN or infinite", hyperparameters)
-    is_complete = len(losses) == len(steps)
+    is_complete = len(losses) == num_steps
     if not is_complete:
-        num_examples = _num_seen(steps[: len(losses)], steps[-1][0])
+        seen = itertools.islice(_steps(phases), len(losses))
+        num_examples = _num_seen(seen, phases[-1][0])
     return TrainingResult(
         current, num_examples, tuple(losses), is_complete, controls.mean_gradients
     )
@@ -192,9 +197,7 @@ def _phases(held: tuple[Block, ...], shared: Collection[str], method: str) -> li
     ]
 
 
-def _num_seen(
-    steps: Sequence[tuple[frozenset[str], NDArray[np.int64]]], phase: frozenset[str]
-) -> int:
+def _num_seen(steps: Iterable[_Step], phase: frozenset[str]) -> int:
     """The examples that the blocks of a phase were trained on, each counted once."""
     return len({i for trained, batch in steps if trained == phase for i in batch.tolist()})
 
@@ -256,31 +259,79 @@ def _clipping_scale(gradients: Mapping[str, Vector], max_norm: float) -> float:
     return float(min(1.0, max_norm / (norm + 1e-6)))
 
 
-def _batches(
-    num_examples: int,
-    held: tuple[Block, ...],
-    hyperparameters: Hyperparameters,
-    rng: np.random.Generator,
-) -> list[NDArray[np.int64]]:
+class _Batches:
     """Indices of every epoch's batches, but for those too short to train on.
 
-    All epochs are drawn, also behind ``max_steps``: it changes no mask that is drawn later.
+    All epochs are drawn from ``rng`` here, also behind ``max_steps``: it changes no mask that is
+    drawn later. They are drawn again, each when its turn has come: at once they might take more
+    memory than the device has, of however many epochs and batches the server asks for.
+
+    Raises:
+        DataError: There is none.
     """
-    batches: list[NDArray[np.int64]] = []
-    shortest = min_batch(held)
-    for _ in range(hyperparameters.epochs):
-        order = rng.permutation(num_examples)
-        splits = range(hyperparameters.batch_size, num_examples, hyperparameters.batch_size)
-        batches.extend(batch for batch in np.split(order, splits) if len(batch) >= shortest)
-        if hyperparameters.max_steps:
-            del batches[hyperparameters.max_steps :]
-    if not batches:
-        needs = next(block.name for block in held if block.min_batch == shortest)
-        raise DataError(
-            f"block {needs} trains on batches of at least {shortest}, found "
-            f"{num_examples} examples in batches of {hyperparameters.batch_size}"
+
+    def __init__(
+        self,
+        num_examples: int,
+        held: tuple[Block, ...],
+        hyperparameters: Hyperparameters,
+        rng: np.random.Generator,
+    ) -> None:
+        self._num_examples, self._hyperparameters = num_examples, hyperparameters
+        self._shortest = min_batch(held)
+        self._rng = copy.deepcopy(rng)
+        size, num_epochs = hyperparameters.batch_size, hyperparameters.epochs
+        for _ in range(num_epochs):
+            rng.permutation(num_examples)
+        num_whole, rest = divmod(num_examples, size)
+        self._per_epoch = num_whole * (size >= self._shortest) + (rest >= self._shortest)
+        if not self._per_epoch:
+            needs = next(block.name for block in held if block.min_batch == self._shortest)
+            raise DataError(
+                f"block {needs} trains on batches of at least {self._shortest}, found "
+                f"{num_examples} examples in batches of {size}"
+            )
+
+    def __len__(self) -> int:
+        whole = self._per_epoch * self._hyperparameters.epochs
+        return min(whole, self._hyperparameters.max_steps or whole)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return itertools.islice(self._all(), len(self))
+
+    def _all(self) -> Iterator[NDArray[np.int64]]:
+        rng, size = copy.deepcopy(self._rng), self._hyperparameters.batch_size
+        for _ in range(self._hyperparameters.epochs):
+            order = rng.permutation(self._num_examples)
+            for start in range(0, self._num_examples, size):
+                if len(batch := order[start : start + size]) >= self._shortest:
+                    yield batch
+
+
+_Step: TypeAlias = tuple[frozenset[str], NDArray[np.int64]]  # the blocks that train, the batch
+
+
+def _steps(phases: Iterable[tuple[frozenset[str], _Batches]]) -> Iterator[_Step]:
+    return ((trained, batch) for trained, batches in phases for batch in batches)
+
+
+def _check_memory(
+    manifest: ModelManifest, batch_size: int, hyperparameters: Hyperparameters
+) -> None:
+    """Refuses batches whose tensors alone would fill half of the machine's memory."""
+    masks = sum(_size(d.shape) for b in manifest.blocks for d in b.dropouts)  # of the whole batch
+    outputs = sum(_size(t.shape) for b in manifest.blocks for t in b.outputs)
+    part = -(-batch_size // hyperparameters.accumulation)
+    num_bytes = 4 * (batch_size * masks + part * outputs)
+    if num_bytes > (most := memory_bytes() // 2):
+        raise ModelError(
+            f"the tensors of a batch of {batch_size} take {num_bytes} bytes, this device has room "
+            f"for {most}; lower the batch size, or use a smaller model"
         )
-    return batches
+
+
+def _size(shape: tuple[int | None, ...]) -> int:
+    return math.prod(dim or 1 for dim in shape)
 
 
 def min_batch(held: Sequence[Block]) -> int:

@@ -13,6 +13,7 @@ from petalfl.transport import Transport
 
 log = logging.getLogger("petalfl.uplink")
 
+MOST_ASKED = 3  # times that a server is sent what it says is missing, without a pause
 WINDOW = 8  # chunks on their way to the broker at once
 RECEIPT_TIMEOUT_S = 10.0
 BACKOFF_S = (0.5, 30.0)
@@ -49,6 +50,7 @@ class Uplink:
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
         missing = set(range(len(chunks))) if len(chunks) == 1 else set()
         is_known = False  # to the server, as a receipt with a bitmap shows
+        num_asked = 0
         delay_s = delays(*BACKOFF_S)
         while True:
             try:
@@ -63,6 +65,8 @@ class Uplink:
                 receipt = late
             if receipt.status != "missing":
                 return receipt
+            if (num_asked := num_asked + 1) > MOST_ASKED:
+                await asyncio.sleep(next(delay_s))
             missing = wire.read_bitmap(receipt.missing, len(chunks))
             is_known = bool(missing)
             missing = missing or set(range(len(chunks)))

@@ -11,7 +11,7 @@ from petalfl import wire
 from petalfl.errors import EnrollError, TransportError
 from petalfl.http import HttpClient
 from petalfl.pull import Pull
-from petalfl.schema import Limit, read
+from petalfl.schema import Limit, Pattern, read
 from petalfl.source import Source
 from petalfl.store import Identity
 from petalfl.tls import Tls, is_loopback
@@ -23,7 +23,7 @@ PORTS = {"mqtt": 1883, "mqtts": 8883}
 class Session:
     """Where the federation's broker is now."""
 
-    mqtt_host: Annotated[str, Limit(1, 256)]
+    mqtt_host: Annotated[str, Pattern(r"[!-~]{1,256}")]
     mqtt_port: Annotated[int, Limit(1, 65535)]
     mqtt_is_tls: bool
 
