@@ -28,7 +28,7 @@ import numpy as np
 
 import petalfl.participation
 import petalfl.uplink
-from petalfl import EdgeClient, PetalError, wire
+from petalfl import EdgeClient, ExampleStore, PetalError, wire
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
@@ -51,6 +51,8 @@ class Setup:
         hold_at: The message, ``Chunk 3`` for instance, before which it waits ...
         until: ... for this file to be there.
         receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
+        examples: A folder of an `ExampleStore` to train on, filled if it is empty; "": of arrays.
+        max_age_s: Of that store.
         mqtt_port: Where it finds the broker; 0: where the server says.
     """
 
@@ -62,6 +64,8 @@ class Setup:
     hold_at: str = ""
     until: str = ""
     receipt_timeout_s: float = 1.0
+    examples: str = ""
+    max_age_s: float | None = None
     mqtt_port: int = 0
 
 
@@ -130,14 +134,23 @@ def main(setup: Setup) -> None:
             "127.0.0.1", setup.mqtt_port, mqtt_is_tls=False
         )
     rng = np.random.default_rng(7)
+    data: Any = {"acc": rng.standard_normal((NUM_EXAMPLES, 3, 100), dtype=np.float32)}
+    labels: Any = np.arange(NUM_EXAMPLES) % 7
+    if setup.examples:
+        examples = ExampleStore(setup.examples, max_age_s=setup.max_age_s)
+        if not examples.num_labeled:
+            for window, label in zip(data["acc"], labels, strict=True):
+                examples.append({"acc": window}, int(label))
+        data, labels = examples, None
     client = EdgeClient(
         setup.url,
         token=setup.token,
-        data={"acc": rng.standard_normal((NUM_EXAMPLES, 3, 100), dtype=np.float32)},
-        labels=np.arange(NUM_EXAMPLES) % 7,
+        data=data,
+        labels=labels,
         store=setup.store,
         device=setup.device,
         on_round=lambda info: say(f"round {info.round_num}"),
+        on_metrics=lambda metrics: say(f"examples {metrics.num_examples}"),
         on_progress=lambda done, total: step("training", setup.pause_s),
         on_error=tell_error,
     )

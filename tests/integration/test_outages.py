@@ -110,6 +110,31 @@ def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_
         assert_counted_once(server, num_rounds=2, num_devices=1)
 
 
+def test_the_http_server_is_gone_at_the_start(watch_artifacts: Path, tmp_path: Path) -> None:
+    """A new device says so and ends, and enrolls next time; one that has enrolled waits for it."""
+    arguments = (*ALONE, "--rounds", "2")
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            running_server(watch_artifacts, tmp_path / "server", *arguments)
+        )
+        http = stack.enter_context(lossy_proxy(port_of(server.url)))
+        device = (f"http://127.0.0.1:{http.port}", server.token, tmp_path / "store")
+        http.vanish()
+        with faulty_device(*device) as process:
+            read_until(process, "error TransportError: no petalfl server answers")
+            assert process.wait() == 1
+        http.start()
+        with faulty_device(*device) as process:
+            read_until(process, "round 1")
+        http.vanish()
+        with faulty_device(*device) as process:
+            for _ in range(5):
+                read_until(process, "error TransportError: no part in the federation yet")
+            http.start()
+            read_to_the_end(process)
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
 # A network at 2 % loss and 300 ms
 
 

@@ -351,7 +351,7 @@ def test_many_epochs_of_small_batches_take_no_memory() -> None:
 
 SCALARS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 24, 30, True, None, 0.5, "mse", "fusion"])
 VALUES: st.SearchStrategy[Any] = st.one_of(
-    SCALARS, st.lists(st.integers(1, 9), max_size=3), st.just({})
+    SCALARS, st.lists(st.integers(1, 9), max_size=3), st.builds(dict)
 )
 
 
