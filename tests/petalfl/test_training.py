@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -637,6 +637,7 @@ def stopping_after(num_batches: int) -> Callable[[], bool]:
     return lambda: next(answers, False)
 
 
+@settings(deadline=None)
 @given(
     num_batches=st.integers(1, 9), accumulation=st.integers(1, 2), seed=st.integers(0, 9),
     optimizer=st.sampled_from(["sgd", "adamw"]),

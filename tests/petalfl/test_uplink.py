@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -346,3 +346,21 @@ async def test_a_receipt_that_comes_during_a_pause_is_heard(
     rig.uplink.receive(missing(2))
     assert await asyncio.wait_for(delivery, 5) == ACCEPTED
     assert server.attempts[1:] == [[2, Fin]]
+
+
+async def test_a_server_that_never_has_enough_is_not_sent_it_without_a_pause(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back-off from the third time on: it would cost a device its battery and its data plan."""
+    pauses = 0
+
+    def delays(first_s: float, longest_s: float) -> Iterator[float]:
+        nonlocal pauses
+        while True:
+            pauses += 1
+            yield 0.001
+
+    monkeypatch.setattr(uplink, "delays", delays)
+    _, receipt = await rig.deliver(UPDATE, *[missing(3)] * 10, ACCEPTED)
+    assert receipt == ACCEPTED
+    assert pauses == 1 + 10 - uplink.MOST_ASKED
