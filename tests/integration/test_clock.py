@@ -22,7 +22,7 @@ def test_the_clock_jumps(
 ) -> None:
     """By a day and by a year, back before the first stored time, amid rounds and over restarts.
 
-    The device trains on an `ExampleStore` whose examples may be 12 hours old.
+    The device trains on an `ExampleStore` whose examples may be 3 days old.
     """
     clock = tmp_path / "clock"
     monkeypatch.setenv("PETALFL_TEST_CLOCK", str(clock))
@@ -36,7 +36,7 @@ def test_the_clock_jumps(
         part.replace(clock)
 
     store, num_rounds, said = tmp_path / "store", 7, []
-    setup = {"pause_s": 0.01, "examples": str(tmp_path / "examples"), "max_age_s": DAY_S / 2}
+    setup = {"pause_s": 0.01, "examples": str(tmp_path / "examples"), "max_age_s": 3 * DAY_S}
     arguments = (*SCHEME, "--min-devices", "1", "--epochs", "1", "--rounds", str(num_rounds))
     with running_server(watch_artifacts, tmp_path / "server", *arguments) as server:
         with faulty_device(server.url, server.token, store, **setup) as process:
