@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from petalfl import EdgeClient, RoundInfo, wire
 from petalfl.mqtt import MqttTransport
@@ -20,13 +21,15 @@ from tests.integration.harness import three_devices
 
 
 def main(url: str, token: str, store: str, point: str) -> None:
+    """``token`` is the file of an identity where the URL is a broker's."""
     # Also where the tests run in the background of a shell, which has Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     device = three_devices()[0]
     hang_at(point)
+    who: dict[str, Any] = {"identity": token} if url.startswith("mqtt") else {"token": token}
     client = EdgeClient(
         url,
-        token=token,
+        **who,
         data=device.data,
         labels=device.labels,
         store=Path(store),

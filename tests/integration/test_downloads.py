@@ -17,6 +17,7 @@ import pytest
 from petalfl import EdgeClient, PetalError
 from petalfl.http import HttpClient
 from petalfl.partials import Partial
+from petalfl.wire import MAX_FETCH_BYTES
 from tests.integration.harness import (
     ROOT,
     SCHEME,
@@ -141,6 +142,30 @@ def run_without_http(artifacts: Path, folder: Path, broker: str) -> Outcome:
         stack.close()
         assert "Traceback" not in server.log
         return read_outcome(artifacts, server, folder)
+
+
+def test_a_device_without_http_that_is_killed_amid_a_download_goes_on_there(
+    watch_artifacts: Path, tmp_path: Path
+) -> None:
+    store, identity = tmp_path / "store", tmp_path / "identity.json"
+    with running_server(watch_artifacts, tmp_path / "server", *ALONE) as server:
+        through = Server(watch_artifacts, server.data_dir, ())
+        through.url = enroll(server, three_devices()[0], identity)
+        through.token = str(identity)
+        with device_process(through, store, "block 300000") as process:
+            assert read_until_here(process) == []
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        [partial] = (store / "downloads" / "blocks").iterdir()
+        before, size = bytes_down(server), partial.stat().st_size
+        assert 300_000 <= size < BLOCK_BYTES
+        with device_process(through, store, "none") as process:
+            assert read_until_here(process) == ["round 1"]
+            assert process.wait() == 0
+        # The rest of the first version, and the second; what was sent twice, one window at most.
+        assert bytes_down(server) - before <= 2 * BLOCK_BYTES - size + MAX_FETCH_BYTES // 4
+        assert before + BLOCK_BYTES - size < 2 * BLOCK_BYTES
+        assert server.get("status")["is_finished"]
 
 
 BROKERS = ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
