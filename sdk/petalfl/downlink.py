@@ -59,6 +59,7 @@ class Downlink:
         self._store = store
         self._check = check
         self.attach, self.receive = self._way.attach, self._way.receive
+        self.reconnected = self._way.reconnected
 
     def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
         """Trades the join token for this device's own credential, and keeps that."""

@@ -114,7 +114,7 @@ class Participation:
             login=(self._identity.device, self._identity.password),
             client_id=f"{self._identity.federation}-{self._identity.device}-{secret}",
             will=(self._topic(topics.status), wire.encode(wire.Status(is_online=False))),
-            on_connect=self._announce_again,
+            on_connect=self._reconnected,
             tls=self._downlink.tls,
         )
         await transport.connect()
@@ -132,7 +132,8 @@ class Participation:
         await self._publish_status(True)
         await self._transport.publish(self._topic(topics.request), wire.encode(ready), retain=True)
 
-    def _announce_again(self) -> None:
+    def _reconnected(self) -> None:
+        self._downlink.reconnected()
         if self._announced is not None:
             self._announce_soon()
 

@@ -35,7 +35,7 @@ class Pull:
         self._check = check
         self._send: Callable[[wire.Fetch], None] = _not_connected
         self._path = ""  # of the download under way
-        self._arrived: queue.Queue[wire.Part | wire.Declined] = queue.Queue(16)
+        self._arrived: queue.Queue[wire.Part | wire.Declined | None] = queue.Queue(16)
         self._window_bytes = FIRST_WINDOW_BYTES
         self._ticket = b""
 
@@ -48,6 +48,11 @@ class Pull:
         if message.path == self._path:
             with contextlib.suppress(queue.Full):  # more than a window has: it is asked for again
                 self._arrived.put_nowait(message)
+
+    def reconnected(self) -> None:
+        """The connection is a new one: what was asked for over the old one may not come."""
+        with contextlib.suppress(queue.Full):
+            self._arrived.put_nowait(None)
 
     def get_changed(self, path: str, max_bytes: int, sha256: str) -> bytes | None:
         """See `Source.get_changed`."""
@@ -119,7 +124,7 @@ class Pull:
             self._window_bytes = min(wire.MAX_FETCH_BYTES, 2 * self._window_bytes)
 
     def _next(self, offset: int, end: int) -> wire.Part | None:
-        """The part at ``offset``, as long as parts are; None where it does not come in time."""
+        """The part at ``offset``, as long as parts are; None where it is to be asked for again."""
         give_up_s = time.monotonic() + TIMEOUT_S
         while (left_s := give_up_s - time.monotonic()) > 0:
             self._check()
@@ -127,6 +132,8 @@ class Pull:
                 message = self._arrived.get(timeout=min(left_s, POLL_S))
             except queue.Empty:
                 continue
+            if message is None:
+                return None
             if isinstance(message, wire.Declined):
                 raise _ERRORS[message.why](f"{message.path}: {message.reason or message.why}")
             size = min(wire.CHUNK_BYTES, end - offset, message.num_bytes - offset)

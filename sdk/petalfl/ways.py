@@ -55,6 +55,10 @@ class Way(Source, Protocol):
         """Something came over it."""
         ...
 
+    def reconnected(self) -> None:
+        """It broke, and was mended."""
+        ...
+
 
 def open_way(
     url: str,
@@ -126,6 +130,9 @@ class HttpWay:
     def receive(self, message: wire.Part | wire.Declined) -> None:
         """See `Way.receive`: it has asked for none."""
 
+    def reconnected(self) -> None:
+        """See `Way.reconnected`: no file comes over it."""
+
     def get_changed(self, path: str, max_bytes: int, sha256: str) -> bytes | None:
         """See `Source.get_changed`."""
         return self._http.get_changed(f"{self._root}/{path}", max_bytes, sha256)
@@ -143,6 +150,7 @@ class MqttWay:
     def __init__(self, session: Session, pull: Pull) -> None:
         self._session = session
         self.attach, self.receive = pull.attach, pull.receive
+        self.reconnected = pull.reconnected
         self.get_changed, self.stream = pull.get_changed, pull.stream
 
     def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:

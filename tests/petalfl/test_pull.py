@@ -109,6 +109,19 @@ def test_a_line_on_which_nothing_comes_is_given_up() -> None:
     assert line.stream(FIRST_WINDOW_BYTES) == BODY
 
 
+def test_after_a_break_it_asks_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.pull.TIMEOUT_S", 3600.0)
+
+    def mended(fetch: Fetch) -> list[Part | Declined]:
+        line.pull.reconnected()
+        return []
+
+    line = Line(parts, mended, mended)
+    line.pull.reconnected()  # while nothing is under way
+    assert line.stream() == BODY
+    assert [fetch.offset for fetch in line.fetches[1:4]] == [FIRST_WINDOW_BYTES] * 3
+
+
 def test_a_window_never_gets_smaller_than_it_may() -> None:
     line = Line(answer=lambda fetch: [])
     for _ in range(6):
