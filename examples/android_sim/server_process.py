@@ -50,7 +50,7 @@ def running_server(
             stderr=log,
             cwd=Path(__file__).parents[2],
             start_new_session=True,  # Ctrl-C is for us; we stop the server after its devices
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     try:
         yield _wait_for_address(process, runtime_file, data_dir / "server.log")
@@ -58,7 +58,8 @@ def running_server(
         _stop(process)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For `subprocess.Popen`'s ``preexec_fn``: the child is ended when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

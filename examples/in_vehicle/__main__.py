@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from examples.android_sim.server_process import ServerAddress, running_server
+from examples.android_sim.server_process import ServerAddress, die_with_parent, running_server
 from export import export_model
 from petalfl import PetalError
 
@@ -146,7 +146,7 @@ def _unit(
         process = subprocess.Popen(
             [sys.executable, "-m", "examples.in_vehicle.unit", *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-            start_new_session=True, cwd=Path(__file__).parents[2],
+            start_new_session=True, preexec_fn=die_with_parent, cwd=Path(__file__).parents[2],
         )  # fmt: skip
     reader = threading.Thread(target=_read, args=(process, name, said), daemon=True)
     reader.start()
