@@ -12,6 +12,7 @@ import json
 import sys
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import numpy as np
 from benchmarks.bench_canonical import matrix_block, table
 from benchmarks.machine import describe_machine
 from petalfl.model import Block
-from petalfl.payloads import plain_delta
+from petalfl.payloads import EncodedDelta, plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import parse_aggregator
 from server.optimizers import parse_optimizer, step
@@ -30,8 +31,9 @@ AGGREGATORS = ("weighted-mean", "median", "trimmed-mean:0.1", "krum:5", "multi-k
 OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "yogi", "orthogonal")
 NOTES = """\
 Least of five runs. Update: to fold one in; end: to finalize, or the step of a server optimizer.
-Memory: the peak above what was there, as numpy allocates it; deltas: those that the rule keeps
-until the end, which a server would else have freed."""
+Memory: the peak above what was there, as numpy allocates it; deltas: those that the rule holds when
+all have arrived, which a server would else have freed; of the weighted mean, such as wait for a
+pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +91,22 @@ def aggregator_row(rule: str, block: Block, deltas: Sequence[Vector]) -> Row:
     aggregator = parse_aggregator(rule)
     weights = [float(k + 1) for k in range(len(deltas))]
 
+    arrived: list[weakref.ref[EncodedDelta]] = []
+
     def fold() -> object:
         state = aggregator.init(block)
-        for delta, weight in zip(deltas, weights, strict=True):
-            state = aggregator.accumulate(state, plain_delta(delta), weight)
+        arrived.clear()
+        for delta, weight in zip(map(plain_delta, deltas), weights, strict=True):
+            arrived.append(weakref.ref(delta))
+            state = aggregator.accumulate(state, delta, weight)
         return state
 
     state = fold()
+    still_there = [delta for delta in (one() for one in arrived) if delta is not None]
+    kept_bytes = sum(len(delta.payload) for delta in still_there)
+    del still_there
     update_s = _least(fold) / len(deltas)
     end_s = _least(lambda: aggregator.finalize(state))
-    keeps = hasattr(state, "deltas")
-    kept_bytes = sum(delta.nbytes for delta in deltas) if keeps else 0
     return Row(rule, update_s, end_s, _peak(lambda: aggregator.finalize(fold())), kept_bytes)
 
 
