@@ -18,9 +18,9 @@ DIGITS = tuple("0123456789")
 
 
 class ImageEncoder(nn.Sequential):
-    """Three convolutions, each halving the image: ``(b, 1, 28, 28)`` to ``(b, d)``."""
+    """Three convolutions, each halving the image: ``(b, 1, side, side)`` to ``(b, d)``."""
 
-    def __init__(self, d: int = 32) -> None:
+    def __init__(self, d: int = 32, side: int = 28) -> None:
         super().__init__(
             *(
                 nn.Sequential(
@@ -32,7 +32,7 @@ class ImageEncoder(nn.Sequential):
                 for narrow, wide in itertools.pairwise((1, 8, 16, 32))
             ),
             nn.Flatten(),
-            nn.Linear(32 * 3 * 3, d),
+            nn.Linear(32 * (side // 8) ** 2, d),
         )
 
 

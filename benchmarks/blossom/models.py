@@ -1,0 +1,114 @@
+"""The models that the study trains, and their artifacts, which a folder keeps."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export import BlockModel, export_model
+from export.models.avmnist import AudioEncoder, ImageEncoder, NormalizedHead
+from export.models.har import AttentionFusion, MlpHead, SensorEncoder
+from petalfl.model import ModelManifest
+
+from . import avdigits as avdigits_data
+from . import stress as stress_data
+from .artifacts import find, with_values
+from .datasets import find_dataset
+
+
+def avdigits(seed: int = 0) -> BlockModel:
+    """BLOSSOM's model for AV-MNIST, on images 8 × 8 and spectrograms 24 × 32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BlockModel(
+            name="avdigits",
+            encoders={"image": ImageEncoder(32, side=8), "audio": AudioEncoder(256)},
+            fusion=AttentionFusion(("image", "audio"), d=(32, 256), out=128),
+            head=NormalizedHead(128, 10),
+            examples={"image": torch.randn(2, 1, 8, 8), "audio": torch.randn(2, 1, 24, 32)},
+            class_names=avdigits_data.CLASS_NAMES,
+        )
+
+
+def stress(seed: int = 0) -> BlockModel:
+    """BLOSSOM's sensor model, with embeddings of 64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BlockModel(
+            name="stress",
+            encoders={"pulse": SensorEncoder(1, d=64), "skin": SensorEncoder(2, d=64)},
+            fusion=AttentionFusion(("pulse", "skin"), d=64, out=128),
+            head=MlpHead(128, 2),
+            examples={"pulse": torch.randn(2, 1, 480), "skin": torch.randn(2, 2, 120)},
+            class_names=stress_data.CLASS_NAMES,
+        )
+
+
+class ZeroFilled(nn.Module):
+    """An attention fusion that takes every modality for present: absent ones are zeros."""
+
+    def __init__(self, fusion: nn.Module) -> None:
+        super().__init__()
+        self.fusion = fusion
+
+    def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
+        """Fuses; embeddings of absent modalities are zeros."""
+        first = next(iter(embeddings.values()))
+        fused: Tensor = self.fusion(embeddings, first.new_ones(first.shape[0], len(embeddings)))
+        return fused
+
+
+def build(dataset: str, missing: str, seed: int) -> BlockModel:
+    """A data set's model; with ``zero`` and ``mask`` a seed begins with the same values."""
+    module, _, factory = find_dataset(dataset).model.partition(":")
+    model: BlockModel = getattr(importlib.import_module(module), factory)(seed)
+    if missing == "mask":
+        return model
+    return BlockModel(
+        name=f"{model.name}-zero",
+        encoders=dict(model.encoders.items()),
+        fusion=ZeroFilled(model.fusion),  # type: ignore[arg-type]
+        head=model.head,
+        examples=model.examples,
+        class_names=find_dataset(dataset).class_names,
+        missing="zero",
+    )
+
+
+def prepare(
+    dataset: str,
+    missing: str,
+    seed: int,
+    cache: Path,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Path:
+    """The artifacts of a data set's model with the initial values of a seed.
+
+    The graphs are exported once and kept in ``cache``; other seeds only replace the values.
+    """
+    folder, is_there = find(cache, dataset, missing, seed)
+    if is_there:
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    if seed == 0:
+        progress(f"exporting the model of {dataset}, {missing}")
+        export_model(build(dataset, missing, seed), folder)
+        return folder
+    graphs = prepare(dataset, missing, 0, cache, progress)
+    state = build(dataset, missing, seed).state_dict()
+    vectors = {
+        block.name: torch.cat(
+            [state[block.state_prefix + tensor.name].flatten() for tensor in block.tensors]
+        ).numpy()
+        for block in ModelManifest.load(graphs).blocks
+    }
+    with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+        with_values(graphs, vectors, Path(unfinished, "artifacts"))
+        shutil.move(Path(unfinished, "artifacts"), folder)
+    return folder

@@ -1,0 +1,108 @@
+"""Writes tables and figures of the results into a page, between two marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+from petalfl.errors import PetalError
+
+from . import tables
+from .results import Line
+from .tables import Setting, settings_of
+
+BEGIN, END = "<!-- tables: python -m benchmarks.blossom report -->", "<!-- end of tables -->"
+
+
+def write_report(lines: Sequence[Line], page: Path) -> list[Path]:
+    """Replaces the part of the page between `BEGIN` and `END`; figures go beside it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PetalError: The page is missing or has no such part.
+    """
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise PetalError(f"cannot read {page}: {error.strerror}") from error
+    if BEGIN not in text or END not in text:
+        raise PetalError(f"{page}: expected a part between {BEGIN} and {END}")
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    written, parts = [page], []
+    for setting in settings_of(lines):
+        figure = page.parent / "images" / f"blossom_{_slug(setting.title)}.png"
+        draw_curves(setting, figure)
+        written.append(figure)
+        parts.append(section(setting, f"images/{figure.name}"))
+    body = "\n\n".join(parts) if parts else "No cell has been run yet."
+    page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
+    return written
+
+
+def section(setting: Setting, figure: str) -> str:
+    """The tables of one setting, as Markdown."""
+    parts = [
+        f"### {setting.title[0].upper()}{setting.title[1:]}",
+        f"```\n{tables.command(setting)}\n```",
+        f"{setting.metric} in points, mean ± standard deviation over the seeds, (1): one seed. "
+        "†: in some seed the curve still rises at its last round.",
+        f"After the last round:\n\n{tables.scores_table(setting, 'final')}",
+        f"After the finish:\n\n{tables.scores_table(setting, 'finished')}",
+    ]
+    if differences := tables.differences_table(setting):
+        parts.append(f"Paired differences after the finish, seed by seed:\n\n{differences}")
+    if unseen := tables.unseen_table(setting):
+        parts.append(f"People that took no part:\n\n{unseen}")
+    parts.append(f"What a device sends in all rounds:\n\n{tables.traffic_table(setting)}")
+    parts.append(f"![Curves]({figure})")
+    parts.append(ran_on(setting.lines))
+    return "\n\n".join(parts)
+
+
+def ran_on(lines: Sequence[Line]) -> str:
+    """Where and for how long, in one line."""
+    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in lines})
+    loads = [x["machine"]["load"] for x in lines]
+    seconds = [x["seconds"] for x in lines]
+    return (
+        f"{len(lines)} cells, {sum(seconds) / 60:.1f} minutes of one process in all, "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s each, on {'; '.join(machines)}; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}."
+    )
+
+
+def draw_curves(setting: Setting, path: Path) -> None:
+    """The metric after each round, a panel for each regime; the band is ± a standard deviation."""
+    columns = setting.columns()
+    figure = matplotlib.figure.Figure(
+        figsize=(4.2 * len(columns), 3.6), dpi=100, layout="constrained"
+    )
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    which = {"macro_f1": 1, "accuracy": 2}[setting.metric]
+    for axes, (regime, missing) in zip(panels, columns, strict=True):
+        for scheme in setting.schemes():
+            lines = setting.of(scheme, regime, missing).values()
+            if not lines:
+                continue
+            rounds = [point[0] for point in next(iter(lines))["curve"]]
+            scores = 100 * np.array([[point[which] for point in x["curve"]] for x in lines])
+            mean, spread = scores.mean(axis=0), scores.std(axis=0)
+            axes.plot(rounds, mean, label=scheme)
+            axes.fill_between(rounds, mean - spread, mean + spread, alpha=0.15)
+        axes.set(title=f"{regime}, {missing}", xlabel="rounds", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{setting.metric}, points")
+    panels[-1].legend(loc="lower right", fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")

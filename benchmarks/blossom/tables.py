@@ -1,0 +1,224 @@
+"""Tables of the results, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from examples.android_sim.regimes import REGIMES
+
+from .cells import MISSING, PROTOCOL, Cell
+from .datasets import DATASETS
+from .results import Line
+from .schemes import SCHEMES
+
+VARIED = ("scheme", "regime", "missing", "seed")  # within a table; all else is its setting
+PAIRS = (("phf", "fm"), ("ph", "fm"), ("phf", "local"))
+PAPER_GAINS = {"incomplete": 18.7, "exclusive": 37.7}  # %, BLOSSOM's averages over full-model
+RISING_POINTS = 1.0  # a curve that gains more in its last fifth than this has not converged
+
+
+class Setting(NamedTuple):
+    """What the cells of a table have in common, and the cells' lines."""
+
+    common: dict[str, Any]
+    lines: list[Line]
+
+    @property
+    def metric(self) -> str:
+        """What is reported of the data set."""
+        return DATASETS[self.common["dataset"]].metric
+
+    @property
+    def title(self) -> str:
+        """For a heading."""
+        c = self.common
+        parts = [c["dataset"], f"partition {c['partition']}", f"{c['rounds']} rounds"]
+        if c["data_fraction"] < 1:
+            parts.append(f"{100 * c['data_fraction']:g} % of the data")
+        parts += [f"{name.replace('_', ' ')} {value}" for name, value in unusual(c).items()]
+        return ", ".join(parts)
+
+    def of(self, scheme: str, regime: str, missing: str) -> dict[int, Line]:
+        """Lines by seed."""
+        wanted = (scheme, regime, missing)
+        return {
+            line["cell"]["seed"]: line
+            for line in self.lines
+            if tuple(line["cell"][k] for k in ("scheme", "regime", "missing")) == wanted
+        }
+
+    def columns(self) -> list[tuple[str, str]]:
+        """The regimes and treatments of missing modalities that there are, in their order."""
+        found = {(line["cell"]["regime"], line["cell"]["missing"]) for line in self.lines}
+        return [(r, m) for r in REGIMES for m in MISSING if (r, m) in found]
+
+    def schemes(self) -> list[str]:
+        """Those that there are, in the registry's order, and then any it no longer has."""
+        found = {line["cell"]["scheme"] for line in self.lines}
+        return [*(s for s in SCHEMES if s in found), *sorted(found - SCHEMES.keys())]
+
+
+def settings_of(lines: Iterable[Line]) -> list[Setting]:
+    """Lines of today's protocol, by what their cells have in common but for `VARIED`."""
+    by_key: dict[str, Setting] = {}
+    for line in lines:
+        if line["protocol"] != PROTOCOL:
+            continue
+        common = {k: v for k, v in line["cell"].items() if k not in VARIED}
+        setting = by_key.setdefault(json.dumps(common, sort_keys=True), Setting(common, []))
+        setting.lines.append(line)
+    return list(by_key.values())
+
+
+def unusual(common: Mapping[str, Any]) -> dict[str, Any]:
+    """What is neither the data set's nor the study's default; without what a title says."""
+    usual = {f.name: f.default for f in Cell.__dataclass_fields__.values()}
+    usual |= DATASETS[common["dataset"]].training
+    said = ("dataset", "partition", "rounds", "data_fraction")
+    return {k: v for k, v in common.items() if k not in said and v != usual.get(k)}
+
+
+def command(setting: Setting) -> str:
+    """Runs the cells of a table again, or those that are missing."""
+    c = setting.common
+    seeds = sorted({line["cell"]["seed"] for line in setting.lines})
+    regimes = [r for r in REGIMES if any(r == regime for regime, _ in setting.columns())]
+    missing = [m for m in MISSING if any(m == found for _, found in setting.columns())]
+    options: dict[str, Any] = {
+        "dataset": c["dataset"], "partition": c["partition"], "regime": ",".join(regimes),
+        "scheme": ",".join(setting.schemes()), "missing": ",".join(missing),
+        "data-fraction": f"{c['data_fraction']:g}", "rounds": c["rounds"],
+        **{name.replace("_", "-"): value for name, value in unusual(c).items()},
+    }  # fmt: skip
+    if seeds == [*range(len(seeds))]:
+        options["seeds"] = len(seeds)
+    else:
+        options["seed"] = ",".join(map(str, seeds))
+    flags = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"python -m benchmarks.blossom {flags}"
+
+
+def scores_table(setting: Setting, stage: str) -> str:
+    """A row for each scheme: mean ± standard deviation over seeds, in points.
+
+    Args:
+        stage: ``final`` is after the last round, ``finished`` after the finish.
+    """
+    rows = []
+    for scheme in setting.schemes():
+        cells = []
+        for regime, missing in setting.columns():
+            lines = setting.of(scheme, regime, missing)
+            values = [100 * line[stage][setting.metric] for line in lines.values()]
+            mark = "†" if any(is_rising(line, setting.metric) for line in lines.values()) else ""
+            cells.append(mean_and_spread(values) + mark)
+        rows.append([f"`{scheme}`", *cells])
+    return _table(["scheme", *(_heading(*column) for column in setting.columns())], rows)
+
+
+def differences_table(setting: Setting) -> str:
+    """Paired differences, seed by seed, in points; and the relative gain next to the paper's."""
+    rows = []
+    for regime, missing in setting.columns():
+        for better, worse in PAIRS:
+            a, b = setting.of(better, regime, missing), setting.of(worse, regime, missing)
+            gain = ""
+            if worse == "fm" and regime in PAPER_GAINS and missing == "mask":
+                gain = f"{_relative(a, b, setting.metric)} (paper, on average: "
+                gain += f"{PAPER_GAINS[regime]:+.1f} %)"
+            rows.append((f"{better} – {worse}", _heading(regime, missing),
+                         _paired(a, b, setting.metric), gain))  # fmt: skip
+        if missing == "zero":
+            a, b = setting.of("fm", regime, "mask"), setting.of("fm", regime, "zero")
+            rows.append(("fm, mask – zero", regime, _paired(a, b, setting.metric), ""))
+    known = [row for row in rows if row[2] != NOT_RUN]
+    if not known:
+        return ""
+    return _table(["difference", "regime", "points", "relative gain"], known)
+
+
+def unseen_table(setting: Setting) -> str:
+    """What unseen people get, by scheme and modalities, after some local rounds."""
+    rows = []
+    rounds: list[str] = []
+    for regime, missing in setting.columns():
+        for scheme in setting.schemes():
+            lines = [x for x in setting.of(scheme, regime, missing).values() if x["unseen"]]
+            for kind in lines[0]["unseen"] if lines else ():
+                rounds = rounds or list(lines[0]["unseen"][kind])
+                values = [
+                    mean_and_spread([100 * x["unseen"][kind][n][setting.metric] for x in lines])
+                    for n in rounds
+                ]
+                rows.append([f"`{scheme}`", _heading(regime, missing), kind, *values])
+    headings = ["day one", *(f"{n} local round{'s' * (n != '1')}" for n in rounds[1:])]
+    return _table(["scheme", "trained", "modalities", *headings], rows) if rows else ""
+
+
+def traffic_table(setting: Setting) -> str:
+    """Bytes that a device sends, and what they buy."""
+    rows = []
+    for regime, missing in setting.columns():
+        for scheme in setting.schemes():
+            lines = list(setting.of(scheme, regime, missing).values())
+            if not lines:
+                continue
+            up = [np.mean([d["bytes_up"] for d in x["devices"].values()]) / 1e6 for x in lines]
+            score = np.mean([100 * x["final"][setting.metric] for x in lines])
+            per_mb = f"{score / np.mean(up):.2f}" if np.mean(up) > 0 else "–"
+            rows.append([f"`{scheme}`", _heading(regime, missing),
+                         f"{np.mean(up):.2f}", f"{score:.1f}", per_mb])  # fmt: skip
+    return _table(["scheme", "regime", "MB up per device", "last round", "points per MB"], rows)
+
+
+def is_rising(line: Line, metric: str) -> bool:
+    """Whether the curve gains more than `RISING_POINTS` in its last fifth over the fifth before."""
+    column = {"macro_f1": 1, "accuracy": 2}[metric]
+    curve, end = line["curve"], line["cell"]["rounds"]
+    last = [point[column] for point in curve if point[0] > 0.8 * end]
+    before = [point[column] for point in curve if 0.6 * end < point[0] <= 0.8 * end]
+    if not last or not before:
+        return True  # nobody knows
+    return bool(100 * (np.mean(last) - np.mean(before)) > RISING_POINTS)
+
+
+NOT_RUN = "not run yet"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``mean ± standard deviation``, the latter of a sample, and how many where it is one."""
+    if not values:
+        return NOT_RUN
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1)"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def _paired(a: Mapping[int, Line], b: Mapping[int, Line], metric: str) -> str:
+    seeds = sorted(a.keys() & b.keys())
+    values = [100 * (a[s]["finished"][metric] - b[s]["finished"][metric]) for s in seeds]
+    text = mean_and_spread(values)
+    return text if text.startswith("-") or not values else f"+{text}"
+
+
+def _relative(a: Mapping[int, Line], b: Mapping[int, Line], metric: str) -> str:
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return NOT_RUN
+    ours, theirs = (sum(x[s]["finished"][metric] for s in seeds) for x in (a, b))
+    ratio = ours / theirs if theirs else math.inf
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _heading(regime: str, missing: str) -> str:
+    return regime if regime == "complete" else f"{regime}, {missing}"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(headings), " | ".join("---" for _ in headings), *map(" | ".join, rows)]
+    return "\n".join(f"| {line} |" for line in lines)
