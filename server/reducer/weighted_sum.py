@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -43,9 +43,12 @@ class WeightedSum:
         self._waiting: list[tuple[EncodedDelta, float]] = []
         self._num_bytes = 0
         self._folding: Future[None] | None = None
+        self._error: BaseException | None = None
 
     def add(self, delta: EncodedDelta, weight: float) -> None:
         """Counts an update; weight > 0. Waits where the pass before the last is not over."""
+        if self._error is not None:
+            return  # `mean` will say so
         self._waiting.append((delta, weight))
         self._num_bytes += len(delta.payload)
         self.weight += weight
@@ -59,8 +62,16 @@ class WeightedSum:
             self._waiting, self._num_bytes = [], 0
 
     def mean(self) -> Vector | None:
-        """Σ w_k Δ_k / Σ w_k so far as float32 ``(size,)``; None where nothing arrived."""
+        """Σ w_k Δ_k / Σ w_k so far as float32 ``(size,)``; None where nothing arrived.
+
+        Raises:
+            RuntimeError: A pass has failed, for want of memory, say. It may have added a part, so
+                that to make it again would count that twice; a server that is started again has
+                all of it in its journal.
+        """
         self._settle()
+        if self._error is not None:
+            raise RuntimeError("a sum has failed: start the server again") from self._error
         if self._waiting:
             self._fold(self._waiting)
             self._waiting, self._num_bytes = [], 0
@@ -73,11 +84,19 @@ class WeightedSum:
         return mean
 
     def _settle(self) -> None:
+        """Waits for the pass that runs."""
         if self._folding is not None:
-            self._folding.result()
-        self._folding = None
+            wait((self._folding,))
+            self._folding = None
 
     def _fold(self, batch: Batch) -> None:
+        try:
+            self._add(batch)
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _add(self, batch: Batch) -> None:
         deltas = [delta for delta, _ in batch]
         factors = np.array([weight * delta.factor for delta, weight in batch])
         end = deltas[0].parameters.size

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from petalfl.codecs import parse_codec
 from petalfl.payloads import EncodedDelta, encode_payload, parse_payload, plain_delta
 from petalfl.vectors import Vector
 from server.norms import clip
-from server.reducer import weighted_sum
+from server.reducer import use, weighted_sum
+from server.reducer.numpy_backend import NumpyBackend
 from server.reducer.weighted_sum import WeightedSum
 from tests.petalfl.builders import make_block
 
@@ -74,3 +76,24 @@ def test_a_clipped_update_counts_as_it_was_clipped() -> None:
     target.add(clip(short, 2.5), 3)
     np.testing.assert_allclose(mean_of(target), np.array([(1.5 + 3) / 4, (2 + 3) / 4]), rtol=1e-7)
     np.testing.assert_allclose(replace(long, factor=0.5).decode(), [1.5, 2])
+
+
+@pytest.mark.parametrize("most", [40, 1 << 30], ids=["as updates come", "at the end"])
+def test_a_sum_that_has_failed_is_none(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A part of it may be there: what is made of it again would count that twice."""
+    monkeypatch.setattr(weighted_sum, "BYTES_A_VALUE", most)
+
+    class Failing(NumpyBackend):
+        def fold(self, total: Any, vectors: Any, factors: Any) -> None:
+            super().fold(total[:500], vectors, factors)
+            raise MemoryError("no room")
+
+    target, delta = WeightedSum(1000), plain_delta(np.ones(1000, np.float32))
+    with use(Failing()):
+        for _ in range(15):
+            target.add(delta, 1.0)
+        with pytest.raises((MemoryError, RuntimeError)):
+            target.mean()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a sum has failed: start the server again"):
+            target.mean()
