@@ -65,6 +65,7 @@ class Server:
         command = [
             sys.executable, "-m", "server", "--artifacts", str(self._artifacts),
             "--data-dir", str(self.data_dir), "--http", self.url.partition("://")[2],
+            "--reducer", "numpy",  # numba takes seconds to load, and some tests start 50 servers
             *self._arguments,
         ]  # fmt: skip
         with (self.data_dir / "server.log").open("ab") as log:
