@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import stock
@@ -13,6 +14,10 @@ from tests.reference_artifacts import export_to
 
 READY_MADE = os.environ.get("PETALFL_TEST_ARTIFACTS")
 """A folder that `tests.reference_artifacts` has written, for an environment without torch."""
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("petalfl", deadline=None)
+hypothesis.settings.load_profile("petalfl")
 
 # torch and export are imported by the fixtures alone: most tests need neither.
 
