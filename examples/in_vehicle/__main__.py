@@ -165,10 +165,12 @@ def _unit(
 
 def _read(process: subprocess.Popen[str], name: str, said: queue.Queue[dict[str, Any]]) -> None:
     assert process.stdout is not None
-    with process.stdout:
-        for line in process.stdout:
-            said.put(json.loads(line))
-    said.put({"unit": name, "exit_status": process.wait()})
+    try:
+        with process.stdout:
+            for line in process.stdout:
+                said.put(json.loads(line))
+    finally:  # whatever it says: nobody waits for more
+        said.put({"unit": name, "exit_status": process.wait()})
 
 
 def _follow(
