@@ -42,7 +42,7 @@ from server.state import ServerState
 from .examples import Examples
 
 FEDERATION = "study"
-PASSWORD = "not needed in one process"  # nothing listens
+PASSWORD = "not-needed-in-one-process"  # nothing listens
 
 
 def make_config(
