@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from petalfl.control_variates import with_sum
 from petalfl.errors import ModelError
 from petalfl.model import ModelManifest
 from petalfl.store import DeviceStore, Shared, State
@@ -47,5 +48,5 @@ def adopt(
 def _is_of(manifest: ModelManifest, store: DeviceStore, state: State) -> bool:
     """Whether a store from before layouts were kept is of this model, as far as one can tell."""
     vectors: Mapping[str, bytes] = {**state.private, **store.read_shared().vectors}
-    sizes = {block.name: 4 * block.size for block in manifest.blocks}
-    return all(len(vector) == sizes.get(name) for name, vector in vectors.items())
+    sizes = {b.name: (4 * b.size, 4 * with_sum(b).size) for b in manifest.blocks}
+    return all(len(vector) in sizes.get(name, ()) for name, vector in vectors.items())

@@ -59,13 +59,14 @@ def fit_memory(
         DataError: The smallest part that the blocks can train on takes more.
     """
     h, smallest = hyperparameters, min_batch(held)
-    most = max(h.accumulation, h.batch_size // smallest)
-    for num_parts in range(h.accumulation, most + 1):
-        part = max(smallest, -(-h.batch_size // num_parts))
+    most = max(1, h.batch_size // smallest)  # parts that training makes of a batch
+    for num_parts in range(min(h.accumulation, most), most + 1):
+        part = -(-h.batch_size // num_parts)
         if training_bytes(held, h.optimizer, part) <= memory_bytes:
-            return replace(h, accumulation=num_parts)
-    needed = training_bytes(held, h.optimizer, smallest)
+            return replace(h, accumulation=max(num_parts, h.accumulation))
+    least = -(-h.batch_size // most)
+    needed = training_bytes(held, h.optimizer, least)
     raise DataError(
-        f"training takes about {needed / 1e6:.1f} MB even with {smallest} examples at a time, the "
+        f"training takes about {needed / 1e6:.1f} MB even with {least} examples at a time, the "
         f"budget is {memory_bytes / 1e6:.1f} MB"
     )

@@ -213,9 +213,9 @@ class EdgeClient:
             if self._loop is not None or self._is_closing:
                 raise RuntimeError(f"the client is {'running already' if self._loop else 'closed'}")
             self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
-        self._has_ended.clear()
-        self._is_stopped = False
-        self._pacing.begin()
+            self._has_ended.clear()
+            self._is_stopped = False
+            self._pacing.begin()
         self._has_begun.set()
 
     def _end(self) -> None:
@@ -293,8 +293,9 @@ class EdgeClient:
         A round that is being trained is given up and trained again next time; an update on its
         way stays in the outbox. A pause ends with it. `close` waits until it is so.
         """
-        self._is_stopped = True
-        self._pacing.stop()
+        with self._lifecycle:  # after a beginning, which forgets it, or before
+            self._is_stopped = True
+            self._pacing.stop()
         self._tell(Participation.stop)
 
     def _tell(self, message: Callable[[Participation], None]) -> None:

@@ -128,23 +128,26 @@ class Downlink:
 
     def _fetch_artifacts(self, files: Collection[Artifact]) -> None:
         wanted = [one for one in files if self._store.file_sha256(one.path) != one.sha256]
-        self._check_room(sum(one.num_bytes for one in wanted))
         downloads = self._store.artifact_downloads
-        downloads.keep_only({one.sha256 for one in wanted})
+        there = downloads.keep_only({one.sha256 for one in wanted})
+        num_bytes = sum(one.num_bytes for one in wanted)
+        self._check_room(num_bytes, num_bytes - there)
         for one in wanted:
             with self._fetch(
                 f"artifacts/{one.path}", one.sha256, one.num_bytes, downloads
             ) as partial:
                 partial.move_to(self._store.artifacts / one.path)
 
-    def _check_room(self, num_bytes: int) -> None:
+    def _check_room(self, num_bytes: int, num_missing: int) -> None:
         if num_bytes > MAX_MODEL_BYTES:
             raise ModelError(
                 f"the model's files have {num_bytes} bytes, a device takes {MAX_MODEL_BYTES}"
             )
         free = shutil.disk_usage(self._store.folder).free
-        if num_bytes > free:
-            raise StoreError(f"the model's files have {num_bytes} bytes, the disk has {free} free")
+        if num_missing > free:
+            raise StoreError(
+                f"the model's files have {num_missing} bytes to come, the disk has {free} free"
+            )
 
     def _fetch(self, path: str, sha256: str, num_bytes: int, downloads: Partials) -> Partial:
         """A whole download whose digest is right; one that is wrong is tried once more."""

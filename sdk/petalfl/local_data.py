@@ -220,6 +220,10 @@ def read_example(examples: Sequence[Example], index: int) -> Example:
     """
     try:
         inputs, labels = examples[index]
+        if isinstance(inputs, Mapping):  # which may read, too
+            inputs = {name: np.asarray(value) for name, value in inputs.items()}
+        if isinstance(labels, Mapping):
+            labels = {name: np.asarray(value) for name, value in labels.items()}
     except Exception as error:  # the app's own code
         raise ExampleError(f"number {index} of the sequence cannot be read: {error}") from error
     if not isinstance(inputs, Mapping):

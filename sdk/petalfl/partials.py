@@ -40,17 +40,21 @@ class Partials:
             self._folder.mkdir(parents=True, exist_ok=True)
             return Partial(path, self._seal)
 
-    def keep_only(self, digests: Collection[str]) -> None:
-        """Removes every other download.
+    def keep_only(self, digests: Collection[str]) -> int:
+        """Removes every other download; returns the bytes that stay.
 
         Raises:
             StoreError: The disk refuses.
         """
+        num_bytes = 0
         with _writing(self._folder):
             if self._folder.is_dir():
                 for path in self._folder.iterdir():
-                    if path.name not in digests:
+                    if path.name in digests:
+                        num_bytes += path.stat().st_size
+                    else:
                         path.unlink()
+        return num_bytes
 
 
 class Partial:

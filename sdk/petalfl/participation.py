@@ -13,14 +13,14 @@ from petalfl import topics, wire
 from petalfl.backoff import delays
 from petalfl.callbacks import Callbacks
 from petalfl.downlink import Downlink
-from petalfl.errors import PetalError, TransportError, WireError, printable
+from petalfl.errors import PetalError, StoreError, TransportError, WireError, printable
 from petalfl.inbox import Inbox
 from petalfl.logs import RareLog
 from petalfl.metering import ByteMeter, MeteredTransport
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.pacing import Pacing, Stopped
 from petalfl.source import NotThereError
-from petalfl.store import Identity
+from petalfl.store import Identity, Outgoing
 from petalfl.threads import Threads
 from petalfl.trainer import Trainer
 from petalfl.transport import Transport
@@ -260,8 +260,8 @@ class Participation:
             except NotThereError as error:  # the server has gone on, or back
                 self._log.warning("no blocks (%s): asking for another task", error)
                 self._announce_soon()
-            except TransportError as error:  # the server may be on its way back
-                self._callbacks.survived(TransportError(f"no blocks yet ({error}): trying again"))
+            except (TransportError, StoreError) as error:  # a server or a disk may come back
+                self._callbacks.survived(type(error)(f"no blocks yet ({error}): trying again"))
             if await self._inbox.has_other_than(task, delay_s):
                 return False
         return True
@@ -278,15 +278,20 @@ class Participation:
 
     async def _deliver_outbox(self, uplink: Uplink) -> None:
         for outgoing in self._trainer.state.outbox:
-            receipt = await uplink.deliver(outgoing)
+            receipt = await uplink.deliver(outgoing, functools.partial(self._judged, outgoing))
             if receipt.status == "rejected":
                 reason = f"the server rejected an update: {printable(receipt.reason)}"
                 self._callbacks.survived(WireError(reason))
-            is_accepted = receipt.status == "accepted"
-            self._trainer.note_delivered(outgoing, is_accepted=is_accepted)
+            await self._call(self._trainer.keep_controls)
         if self._meter is not None:
             await self._call(self._meter.save)
         await self._call(self._trainer.empty_outbox)
+
+    def _judged(self, outgoing: Outgoing, receipt: wire.Receipt) -> None:
+        """At once, or a task that comes with the receipt would end the delivery before it."""
+        if receipt.status != "missing":
+            is_accepted = receipt.status == "accepted"
+            self._trainer.note_delivered(outgoing, is_accepted=is_accepted)
 
 
 def _log_failure(task: asyncio.Future[None]) -> None:

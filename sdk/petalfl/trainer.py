@@ -84,7 +84,6 @@ class Trainer:
         self._data_lock = threading.Lock()
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
-        self._pointers: dict[str, wire.BlockVersion] = {}  # of the shared blocks that are here
         self._moved: PetalError | None = None  # to tell the app of
         self._sums: dict[str, Vector] = {}  # of their control variates, if there are any
 
@@ -114,7 +113,8 @@ class Trainer:
 
     def hold_data(self, data: Data | None, labels: Labels | None) -> None:
         """Takes data that is checked once there is a model, by `check_data`."""
-        self._data, self._labels = data, labels
+        with self._data_lock:
+            self._data, self._labels = data, labels
 
     def check_data(self) -> None:
         """Makes the data the one to train on.
@@ -122,10 +122,19 @@ class Trainer:
         Raises:
             DataError: It does not fit the model.
         """
-        self.local = self._checked(self._data, self._labels)
+        while True:
+            data, labels = self._data, self._labels
+            local = self._checked(data, labels)
+            with self._data_lock:
+                if self._data is data and self._labels is labels:  # or other data has come
+                    self.local = local
+                    return
 
     def replace_data(self, data: Data, labels: Labels | None) -> None:
         """Takes other data from the next round on; errors as `EdgeClient.set_data`."""
+        if not self.has_model:  # on its way, and then the data is checked
+            self.hold_data(data, labels)
+            return
         local = self._checked(data, labels)
         model = self.model
         needed = model.manifest.blocks_for(local.modalities, local.tasks)
@@ -165,6 +174,11 @@ class Trainer:
         return self.local
 
     # The model
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the device has got one yet."""
+        return self._model is not None or self._store.read_file(MANIFEST_NAME) is not None
 
     @property
     def model(self) -> LocalModel:
@@ -217,15 +231,25 @@ class Trainer:
         block = self.model.manifest.block(name)
         return block if task.num_holders is None else with_sum(block)
 
+    def pointers(self) -> dict[str, wire.BlockVersion]:
+        """The versions that are on disk, whatever was written there or could not be."""
+        shared = self._store.read_shared()
+        return {
+            name: wire.BlockVersion(version, hashlib.sha256(shared.vectors[name]).hexdigest())
+            for name, version in shared.versions.items()
+            if name in shared.vectors
+        }
+
     def lacking(self, task: wire.Task | wire.Finish) -> dict[str, wire.BlockVersion]:
         """The versions that are not here.
 
         Of two with one number, the server's backup has been restored in between.
         """
+        pointers = self.pointers()
         return {
             name: to
             for name, to in task.blocks.items()
-            if self._pointers.get(name) != to
+            if pointers.get(name) != to
             or (task.num_holders is not None and not self._sums[name].size)
         }
 
@@ -251,10 +275,9 @@ class Trainer:
         stored = {name: _stored_vector(block(name), data) for name, data in base.vectors.items()}
         newest = {**stored, **vectors}
         self._replace_parameters({n: self._received(block(n), v) for n, v in newest.items()})
-        self._pointers |= pointers
         if vectors:
             kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
-            versions = {name: pointer.version for name, pointer in self._pointers.items()}
+            versions = base.versions | {name: pointers[name].version for name in vectors}
             try:
                 self._store.write_shared(Shared(versions, kept))
             except StoreError as error:  # they can be downloaded again
@@ -278,11 +301,6 @@ class Trainer:
             manifest, self._store.artifacts, held, self._num_threads, self._engine
         )
         shared = self._store.read_shared()
-        self._pointers = {
-            name: wire.BlockVersion(version, hashlib.sha256(shared.vectors[name]).hexdigest())
-            for name, version in shared.versions.items()
-            if name in shared.vectors
-        }
         parameters = {}
         for block in held:
             data = None if block.is_frozen else self._trained(block, shared)
@@ -341,7 +359,7 @@ class Trainer:
         model = self.model
         try:
             data = self._asked(self._refreshed(), task)
-        except DataError as error:  # later examples may do
+        except (DataError, StoreError) as error:  # later examples may do
             return self._left_out(task, error)
         held = model.manifest.blocks_for(data.modalities, data.tasks)
         hyperparameters = task.hyperparameters
@@ -375,7 +393,7 @@ class Trainer:
         self._callbacks.on_metrics(metrics)
         return True
 
-    def _left_out(self, task: wire.Task, error: DataError) -> bool:
+    def _left_out(self, task: wire.Task, error: PetalError) -> bool:
         self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
         return False
 
@@ -483,7 +501,7 @@ class Trainer:
     # The outbox
 
     def note_delivered(self, outgoing: Outgoing, *, is_accepted: bool) -> None:
-        """Something has its receipt; on disk it stays until the outbox is empty."""
+        """Something has its receipt; on disk it stays until `keep_controls` or `empty_outbox`."""
         rest = tuple(other for other in self.state.outbox if other != outgoing)
         controls, message = self.state.controls, wire.decode(outgoing.message)
         if is_accepted and isinstance(message, wire.UpdateManifest):
@@ -491,9 +509,17 @@ class Trainer:
             controls = controls | ({} if next_one is None else {message.block: next_one})
         self.state = replace(self.state, outbox=rest, controls=controls)
 
+    def keep_controls(self) -> None:
+        """Writes that control variates have changed, which the server now counts on."""
+        if self.state.next_controls:
+            self._write()
+
     def empty_outbox(self) -> None:
         """Everything has its receipt, or counts no longer."""
         self.state = replace(self.state, outbox=(), next_controls={})
+        self._write()
+
+    def _write(self) -> None:
         try:
             self._store.write_state(self.state)
         except StoreError as error:  # what comes back with it at a restart counts only once

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from petalfl.control_variates import Corrections
 from petalfl.engine import Engine, memory_bytes
 from petalfl.errors import DataError, ModelError
-from petalfl.local_data import LocalData
+from petalfl.local_data import ExampleError, LocalData
 from petalfl.model import Block, ModelManifest, differentiated
 from petalfl.optimizers import ClientOptimizer, OptimizerState, Scalars, adamw, sgd
 from petalfl.schema import Limit
@@ -267,7 +267,7 @@ class _Batches:
     memory than the device has, of however many epochs and batches the server asks for.
 
     Raises:
-        DataError: There is none.
+        ExampleError: There is none.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class _Batches:
         self._per_epoch = num_whole * (size >= self._shortest) + (rest >= self._shortest)
         if not self._per_epoch:
             needs = next(block.name for block in held if block.min_batch == self._shortest)
-            raise DataError(
+            raise ExampleError(
                 f"block {needs} trains on batches of at least {self._shortest}, found "
                 f"{num_examples} examples in batches of {size}"
             )

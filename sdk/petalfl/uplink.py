@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from petalfl import topics, wire
 from petalfl.backoff import delays
@@ -31,15 +32,24 @@ class Uplink:
         self._federation = federation
         self._device = device
         self._waiting: dict[bytes, asyncio.Future[wire.Receipt]] = {}
+        self._judges: dict[bytes, Callable[[wire.Receipt], None]] = {}
 
     def receive(self, receipt: wire.Receipt) -> None:
         """Hands in a receipt from the server."""
         future = self._waiting.get(receipt.update_id)
         if future is not None and not future.done():
             future.set_result(receipt)
+            self._judges[receipt.update_id](receipt)
 
-    async def deliver(self, outgoing: Outgoing) -> wire.Receipt:
+    async def deliver(
+        self,
+        outgoing: Outgoing,
+        on_receipt: Callable[[wire.Receipt], None] = lambda receipt: None,
+    ) -> wire.Receipt:
         """Sends until the server has accepted or rejected it; returns that receipt.
+
+        ``on_receipt`` gets every receipt when it comes, also where the delivery is given up before
+        it can return.
 
         Of an update in several chunks it asks first what the server wants: it may have no room
         yet, and then answers when it has, or may not want it at all. A last word that comes before
@@ -48,6 +58,15 @@ class Uplink:
         message = wire.decode(outgoing.message)
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         chunks = list(wire.split_chunks(message.update_id, outgoing.payload))
+        self._judges[message.update_id] = on_receipt
+        try:
+            return await self._until_judged(message, chunks)
+        finally:
+            del self._judges[message.update_id]
+
+    async def _until_judged(
+        self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
+    ) -> wire.Receipt:
         missing = set(range(len(chunks))) if len(chunks) == 1 else set()
         is_known = False  # to the server, as a receipt with a bitmap shows
         num_asked = 0

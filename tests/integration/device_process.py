@@ -69,11 +69,11 @@ def hang_at(point: str) -> None:
                 await asyncio.sleep(3600)
         await publish(self, topic, payload, retain=retain)
 
-    async def note_last(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+    async def note_last(self: Uplink, outgoing: Outgoing, *more: Any) -> wire.Receipt:
         nonlocal last
         message = wire.decode(outgoing.message)
         last = message.update_id if isinstance(message, wire.Report) else last
-        return await deliver(self, outgoing)
+        return await deliver(self, outgoing, *more)
 
     def receive_until(self: Uplink, receipt: wire.Receipt) -> None:
         if kind == "noted" and receipt.update_id == last:
@@ -89,7 +89,7 @@ def hang_at(point: str) -> None:
 
     Partial.write = write_until  # type: ignore[method-assign]
     MqttTransport.publish = publish_until  # type: ignore[method-assign]
-    Uplink.deliver = note_last  # type: ignore[method-assign]
+    Uplink.deliver = note_last  # type: ignore[method-assign,assignment]
     Uplink.receive = receive_until  # type: ignore[method-assign]
 
 

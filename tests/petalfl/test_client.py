@@ -452,10 +452,10 @@ def test_an_update_that_was_rejected_is_told(
 ) -> None:
     errors: list[PetalError] = []
 
-    async def reject(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+    async def reject(self: Uplink, outgoing: Outgoing, *more: Any) -> wire.Receipt:
         message = wire.decode(outgoing.message)
         if isinstance(message, wire.Report):
-            return await deliver(self, outgoing)
+            return await deliver(self, outgoing, *more)
         return wire.Receipt(message.update_id, "rejected", "too long")  # type: ignore[union-attr]
 
     deliver = Uplink.deliver

@@ -19,6 +19,8 @@ from petalfl import (
     StoreError,
     wire,
 )
+from petalfl.downlink import Downlink
+from petalfl.local_data import ArrayData
 from petalfl.training import Hyperparameters
 from tests.integration.harness import Server
 from tests.petalfl.clients import (
@@ -245,7 +247,7 @@ def test_a_modality_that_a_task_knows_nothing_of(busy: Server, make: Make) -> No
     client = make(busy, "d", data={"a": A, "b": B})
     client.run()
     trainer = client._trainer
-    pointer = trainer._pointers["encoder-a"]
+    pointer = trainer.pointers()["encoder-a"]
     task = wire.Task(9, 0, Hyperparameters(0.1), 0, {"encoder-a": pointer})
     before = trainer.model.parameters["encoder-b"]
     client._pacing.begin()
@@ -264,3 +266,43 @@ def test_a_task_without_any_block_of_the_data(busy: Server, make: Make) -> None:
     assert not client._trainer.train_round(task)
     assert client._trainer.state.round_num == 3
     assert str(errors[-1]).startswith("round 9 is left out: the task lacks encoder-a")
+
+
+def test_data_set_while_the_client_gets_ready_stays(
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is a model to check it with, and while other data is checked."""
+    counted: list[int] = []
+    checked, fetch_model = ArrayData.checked, Downlink.fetch_model
+    client: EdgeClient = make(
+        busy, "d", on_metrics=lambda metrics: counted.append(metrics.num_examples)
+    )
+
+    def amid_the_download(self: Downlink, *arguments: Any) -> Any:
+        client.set_data({"a": A[:20]}, LABELS[:20])
+        return fetch_model(self, *arguments)
+
+    def amid_the_check(manifest: Any, inputs: Any, labels: Any) -> Any:
+        result = checked(manifest, inputs, labels)
+        if len(inputs["a"]) == 20:
+            client.set_data({"a": A[:9]}, LABELS[:9])
+        return result
+
+    monkeypatch.setattr(Downlink, "fetch_model", amid_the_download)
+    monkeypatch.setattr(ArrayData, "checked", amid_the_check)
+    client.run()
+    assert counted == [9, 9, 9]
+
+
+def test_an_example_store_that_the_app_has_closed(busy: Server, make: Make, tmp_path: Path) -> None:
+    errors: list[PetalError] = []
+    examples = ExampleStore(tmp_path / "examples")
+    for a, label in zip(A[:10], LABELS[:10], strict=True):
+        examples.append({"a": a}, int(label))
+    client = make(
+        busy, "d", data=examples, labels=None, on_error=errors.append,
+        on_metrics=lambda metrics: examples.close(),
+    )  # fmt: skip
+    with running(client):
+        until(lambda: bool(errors), "the error")
+    assert str(errors[0]).startswith("round 2 is left out: cannot read the example store")

@@ -381,7 +381,7 @@ def test_a_model_that_the_disk_has_no_room_for(
         return type("Usage", (), {"free": 50})
 
     monkeypatch.setattr("petalfl.downlink.shutil.disk_usage", disk_usage)
-    with pytest.raises(StoreError, match=r"have \d+ bytes, the disk has 50 free"):
+    with pytest.raises(StoreError, match=r"have \d+ bytes to come, the disk has 50 free"):
         fetch_model(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import petalfl.training
 from petalfl import (
     DataError,
     EdgeClient,
+    PetalError,
     RoundInfo,
+    StoreError,
     TransportError,
     wire,
 )
@@ -24,12 +27,13 @@ from petalfl.local_data import ArrayData
 from petalfl.mqtt import MqttTransport
 from petalfl.participation import Participation
 from petalfl.source import NotThereError
-from petalfl.store import Outgoing, State
+from petalfl.store import DeviceStore, Outgoing, Shared, State
 from petalfl.threads import Threads
 from petalfl.trainer import Trainer
 from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.transport import MemoryBroker
 from petalfl.uplink import Uplink
+from petalfl.vectors import to_bytes
 from tests.integration.harness import Server, running_server
 from tests.petalfl.clients import (
     A,
@@ -101,10 +105,11 @@ def test_a_download_that_is_damaged_is_tried_again(
     assert "blocks/encoder-a/1 comes with the wrong sha256" in caplog.text
 
 
+@pytest.mark.parametrize("error", [TransportError("503"), StoreError("No space left")])
 def test_a_download_that_fails_is_tried_again(
-    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+    busy: Server, make: Make, monkeypatch: pytest.MonkeyPatch, error: PetalError
 ) -> None:
-    """Once the device takes part, a server that is away for a while ends nothing."""
+    """Once the device takes part, a server that is away or a full disk ends nothing."""
     monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
     fetch_block = Downlink.fetch_block
     calls: list[str] = []
@@ -112,7 +117,7 @@ def test_a_download_that_fails_is_tried_again(
     def flaky(self: Downlink, block: Any, pointer: Any) -> Any:
         calls.append(block.name)
         if len(calls) % 2:
-            raise TransportError("503")
+            raise error
         return fetch_block(self, block, pointer)
 
     monkeypatch.setattr(Downlink, "fetch_block", flaky)
@@ -120,6 +125,37 @@ def test_a_download_that_fails_is_tried_again(
     client.run()
     assert client._trainer.state.round_num == 3
     assert len(calls) == 2 * 4
+
+
+def test_what_could_not_be_written_is_downloaded_again(
+    busy: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round starts from the versions that its task names, whatever the disk has of them."""
+    write_shared, errors = DeviceStore.write_shared, list[PetalError]()
+    bases: list[tuple[bool, bytes]] = []
+
+    def full_once(self: DeviceStore, shared: Shared) -> None:
+        if len(bases) == 1:
+            raise StoreError("No space left on device")
+        write_shared(self, shared)
+
+    def spy(*arguments: Any, **more: Any) -> TrainingResult:
+        vector = arguments[2]["encoder-a"]
+        wanted = more["shared"]["encoder-a"].sha256
+        bases.append((hashlib.sha256(to_bytes(vector)).hexdigest() == wanted, vector))
+        return petalfl.training.train(*arguments, **more)
+
+    monkeypatch.setattr(DeviceStore, "write_shared", full_once)
+    monkeypatch.setattr("petalfl.trainer.train", spy)
+    client = make(busy, "d", on_error=errors.append)
+    client.run()
+    assert [is_right for is_right, _ in bases] == [True, True, True]
+    assert [str(error) for error in errors] == ["No space left on device"]
+    wanted = wire.Finish(client._trainer.pointers())
+    assert client._trainer.lacking(wanted) == {}
+    for path in (tmp_path / "d").glob("shared.msgpack*"):
+        path.unlink()
+    assert client._trainer.lacking(wanted) == wanted.blocks
 
 
 def test_of_a_version_with_another_digest_the_new_one_is_fetched(
@@ -130,7 +166,7 @@ def test_of_a_version_with_another_digest_the_new_one_is_fetched(
         client.run()
     again = make(busy, "d")
     again.predict({"a": A})
-    known = dict(again._trainer._pointers)
+    known = again._trainer.pointers()
     fetched: list[wire.BlockVersion] = []
 
     def fetch_block(self: Downlink, block: Any, pointer: wire.BlockVersion) -> Any:
@@ -141,10 +177,11 @@ def test_of_a_version_with_another_digest_the_new_one_is_fetched(
     taking_part = part_of(again)
     taking_part._fetch_blocks(wire.Finish(known))
     assert fetched == []
-    other = wire.BlockVersion(known["encoder-a"].version, "0" * 64)
+    body = bytes(4 * again._trainer.model.manifest.block("encoder-a").size)
+    other = wire.BlockVersion(known["encoder-a"].version, hashlib.sha256(body).hexdigest())
     taking_part._fetch_blocks(wire.Finish(known | {"encoder-a": other}))
     assert fetched == [other]
-    assert again._trainer._pointers == known | {"encoder-a": other}
+    assert again._trainer.pointers() == known | {"encoder-a": other}
 
 
 def part_of(client: EdgeClient) -> Participation:
@@ -263,12 +300,12 @@ def test_a_round_that_came_to_nothing_is_taken_back(
         starts.append(dict(arguments[2]))
         return train(*arguments, **more)
 
-    async def lose_round_1(self: Uplink, outgoing: Outgoing) -> wire.Receipt:
+    async def lose_round_1(self: Uplink, outgoing: Outgoing, *more: Any) -> wire.Receipt:
         message = wire.decode(outgoing.message)
         assert isinstance(message, (wire.UpdateManifest, wire.Report))
         if message.round_num == 1:
             return wire.Receipt(message.update_id, "rejected", "lost")
-        return await deliver(self, outgoing)
+        return await deliver(self, outgoing, *more)
 
     monkeypatch.setattr("petalfl.trainer.train", spy)
     monkeypatch.setattr(Uplink, "deliver", lose_round_1)
