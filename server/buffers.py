@@ -115,4 +115,5 @@ def _merged(vote: _Vote | None, delta: EncodedDelta, weight: float) -> _Vote:
     total = vote.weight + weight
     mean = np.multiply(vote.delta.decode(), vote.weight / total, dtype=np.float64)
     mean += np.multiply(delta.decode(), weight / total, dtype=np.float64)
-    return _Vote(plain_delta(mean.astype(np.float32)), total, vote.num_updates + 1)
+    merged = plain_delta(mean.astype(np.float32), delta.parameters.size)
+    return _Vote(merged, total, vote.num_updates + 1)

@@ -169,13 +169,12 @@ class Federation:
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
         """Rejects an update that would not count before its payload has come."""
         refusal = self.refuse(device, manifest)
-        return self._rejected(manifest.update_id, refusal) if refusal else None
+        return self._answer(device, manifest, refusal) if refusal else None
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """Counts an update once; it is in the journal before its receipt exists."""
         if refusal := self.refuse(update.device, update):
-            log.warning("refused an update: %s", refusal.reason)
-            return self._rejected(update.update_id, refusal)
+            return self._answer(update.device, update, refusal)
         assert self.round is not None
         if not self.round.has(update.device, update):
             self._state.journal_update(update)
@@ -219,6 +218,13 @@ class Federation:
             log.error("cannot write the traffic, which is counted on: %s", error)
         else:
             self._traffic.clear()
+
+    def _answer(self, device: str, update: Announced, refusal: Refusal) -> wire.Receipt:
+        """A rejection; but of what counted, and whose receipt was lost, the receipt."""
+        if self._state.has_update_of(update.round_num, device, update.block, update.update_id):
+            return wire.Receipt(update.update_id, "accepted")
+        log.warning("refused an update: %s", refusal.reason)
+        return self._rejected(update.update_id, refusal)
 
     def _rejected(self, update_id: bytes, refusal: Refusal) -> wire.Receipt:
         self.refused[refusal.kind] += 1
@@ -347,6 +353,7 @@ class Federation:
 
     async def _step(self, stepping: Round, names: Collection[str]) -> None:
         """Aggregates on a thread, so that the loop goes on meanwhile, and takes the step."""
+        is_taken = False
         try:
             results = await asyncio.to_thread(stepping.results, names)
             self._take_step(stepping, results)
@@ -356,10 +363,12 @@ class Federation:
             log.exception("round %d cannot step", stepping.round_num)
             self._wait("its updates cannot be aggregated")
         else:
-            self._advance_soon()
+            is_taken = True
         finally:
             stepping.release()
             self._stepping = None
+        if is_taken:  # at once: what arrives while no round is open would be refused
+            self._advance()
 
     def _take_step(self, stepping: Round, results: Mapping[str, BlockResult]) -> None:
         """Blocks with enough updates get their next version; others drop what they have."""

@@ -53,7 +53,9 @@ def _run(options: argparse.Namespace) -> int:
     if not url:
         url, token, federation = _running(options.data_dir, options.federation)
     way = open_way(url, federation, Tls(ca=options.ca) if options.ca else None, lambda: None)
-    identity = way.enroll(token, options.device, options.modalities.split(","))
+    modalities = options.modalities.split(",")
+    _try(options.out)  # a name is taken for good, and the password is given once
+    identity = way.enroll(token, options.device, modalities)
     write_identity_file(options.out, identity)
     way.log_in(identity)
     session = way.get_session()
@@ -61,6 +63,15 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{options.device} is enrolled in {identity.federation!r}; its app says")
     print(f"  EdgeClient({str(broker)!r}, identity={str(options.out)!r}, …)")
     return 0
+
+
+def _try(path: Path) -> None:
+    """Whether a file can be written there; none is left."""
+    try:
+        path.touch(0o600, exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _running(data_dir: Path, federation: str) -> tuple[str, str, str]:

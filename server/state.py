@@ -92,6 +92,7 @@ class ServerState:
             raise
         try:
             self._journal = Journal(self._db, folder)
+            self._num_devices: dict[tuple[str, ...], int] | None = None
         except StateError:
             self._db.close()
             os.close(self._lock)
@@ -122,6 +123,7 @@ class ServerState:
 
     def add_device(self, name: str, password: str, modalities: list[str], now_s: float) -> bool:
         """Enrolls a device; False, and nothing changed, when the name is taken."""
+        self._num_devices = None
         salt = os.urandom(16)
         row = (name, salt, _digest(salt, password), json.dumps(modalities), now_s)
         try:
@@ -132,11 +134,13 @@ class ServerState:
 
     def set_modalities(self, name: str, modalities: list[str]) -> None:
         """Notes what an enrolled device has."""
+        self._num_devices = None
         row = (json.dumps(modalities), name)
         self._db.execute("UPDATE devices SET modalities = ? WHERE name = ?", row)
 
     def remove_device(self, name: str) -> None:
         """Forgets a device's enrollment; what it has contributed stays."""
+        self._num_devices = None
         self._db.execute("DELETE FROM devices WHERE name = ?", (name,))
 
     def is_password(self, name: str, password: str) -> bool:
@@ -153,8 +157,11 @@ class ServerState:
 
     def num_devices(self) -> dict[tuple[str, ...], int]:
         """By the modalities that devices have enrolled with: how many have."""
-        query = "SELECT modalities, COUNT(*) FROM devices GROUP BY modalities"
-        return {tuple(json.loads(row[0])): row[1] for row in self._db.execute(query)}
+        if self._num_devices is None:  # every task asks
+            query = "SELECT modalities, COUNT(*) FROM devices GROUP BY modalities"
+            rows = self._db.execute(query)
+            self._num_devices = {tuple(json.loads(names)): count for names, count in rows}
+        return self._num_devices
 
     def devices(self) -> dict[str, list[str]]:
         """Modalities by enrolled device."""
@@ -279,6 +286,10 @@ class ServerState:
     def has_update(self, update_id: bytes) -> bool:
         """Whether an update of whatever round was accepted under this id."""
         return self._journal.has(update_id)
+
+    def has_update_of(self, round_num: int, device: str, block: str, update_id: bytes) -> bool:
+        """Whether it was accepted in that round, from that device and for that block."""
+        return self._journal.key(update_id) == (round_num, device, block)
 
     def unconsumed_updates(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The accepted updates that no step has consumed, in order of arrival."""

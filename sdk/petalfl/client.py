@@ -24,7 +24,7 @@ from petalfl.downlink import Downlink
 from petalfl.errors import PetalError, StoreError, TransportError
 from petalfl.examples import ExampleStore
 from petalfl.metering import ByteMeter
-from petalfl.pacing import Pacing, Stopped
+from petalfl.pacing import POLL_S, Pacing, Stopped
 from petalfl.participation import Participation
 from petalfl.provisioning import take_identity
 from petalfl.runtime import EngineName, find_runtime
@@ -163,9 +163,10 @@ class EdgeClient:
     async def arun(self) -> None:
         """Takes part until the federation's last round or `stop`.
 
-        Enrolls first if need be. Broken connections are mended; what was trained and has no
-        receipt yet is sent again, also after a restart. A server that cannot be reached is tried
-        again with back-off, which ``on_error`` is told, but for a device that has not enrolled.
+        Enrolls first if need be, and with an `ExampleStore` waits until an example has labels.
+        Broken connections are mended; what was trained and has no receipt yet is sent again, also
+        after a restart. A server that cannot be reached is tried again with back-off, which
+        ``on_error`` is told, but for a device that has not enrolled.
 
         Raises:
             PetalError: There is no ONNX Runtime to train on, enrollment is refused or nobody
@@ -174,6 +175,7 @@ class EdgeClient:
         self._begin()
         is_known = self._trainer.identity is not None  # to the server, and it to us
         try:
+            await self._until_examples()
             for delay_s in delays(*BACKOFF_S):
                 try:
                     await self._take_part()
@@ -191,6 +193,13 @@ class EdgeClient:
             raise
         finally:
             self._end()
+
+    async def _until_examples(self) -> None:
+        """An example store may have none with labels yet: without, there is nothing to train."""
+        if self._trainer.lacks_examples:
+            log.info("%s waits for examples with labels", self.device)
+        while self._trainer.lacks_examples:
+            await self._threads.call(self._pacing.rest, POLL_S)
 
     async def _take_part(self) -> None:
         session = await self._threads.call(self._enter)

@@ -133,9 +133,9 @@ class Downlink:
         num_bytes = sum(one.num_bytes for one in wanted)
         self._check_room(num_bytes, num_bytes - there)
         for one in wanted:
-            with self._fetch(
-                f"artifacts/{one.path}", one.sha256, one.num_bytes, downloads
-            ) as partial:
+            self._fetch(f"artifacts/{one.path}", one.sha256, one.num_bytes, downloads).close()
+        for one in wanted:  # all have come: until here, the model before this one is whole
+            with downloads.open(one.sha256) as partial:
                 partial.move_to(self._store.artifacts / one.path)
 
     def _check_room(self, num_bytes: int, num_missing: int) -> None:

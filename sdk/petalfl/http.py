@@ -29,6 +29,7 @@ class HttpClient:
         tls: Whom to trust, and the certificate to show, at an ``https`` URL; the default is to
             trust the system's authorities.
         on_bytes: Told of the bytes of every body that was sent, and of what came of one.
+        check: Called while it waits for an answer; what it raises ends that.
 
     Raises:
         ValueError: ``url`` is of another form, or a file of ``tls`` cannot be used.
@@ -39,6 +40,7 @@ class HttpClient:
         url: str,
         tls: Tls | None = None,
         on_bytes: Callable[[int], None] = lambda num_bytes: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         try:
@@ -50,7 +52,7 @@ class HttpClient:
         self._url = url.rstrip("/")
         self.is_tls, self._tls = parts.scheme == "https", tls or Tls()
         self._context = self._tls.context() if self.is_tls or tls is not None else None
-        self._opener = build_opener(self._context)
+        self._opener = build_opener(self._context, check)
         self._authorization = ""
         self._on_bytes = on_bytes
 

@@ -60,6 +60,8 @@ class MqttTransport:
         client_id: Unique at the broker: a second connection with it ends the first.
         will: Topic and payload that the broker publishes, retained, when the client is lost.
         on_connect: Called on the event loop after each connect but the first.
+        on_trouble: Called there with why a broken connection cannot be mended yet; of each break,
+            once for each reason.
         tls: Whom to trust, and the certificate to show, at an endpoint with TLS; the default is
             to trust the system's authorities.
         timeout_s: For a connect, a subscription or a publish.
@@ -73,13 +75,14 @@ class MqttTransport:
         client_id: str,
         will: tuple[str, bytes] | None = None,
         on_connect: Callable[[], None] = lambda: None,
+        on_trouble: Callable[[TransportError], None] = lambda error: log.warning("%s", error),
         tls: Tls | None = None,
         timeout_s: float = 30.0,
     ) -> None:
         self._endpoint = endpoint
         self._tls = tls or Tls()
         self._context: ssl.SSLContext | None = None
-        self._on_reconnect = on_connect
+        self._on_reconnect, self._on_trouble = on_connect, on_trouble
         self._timeout_s = timeout_s
         self._handlers: dict[str, Handler] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[Any]] = {}
@@ -198,6 +201,7 @@ class MqttTransport:
     async def _keep_connected(self) -> None:
         while True:
             await self._lost.wait()
+            told: set[str] = set()
             for delay_s in delays(*BACKOFF_S):
                 await asyncio.sleep(delay_s)
                 if self._context is not None:
@@ -206,7 +210,9 @@ class MqttTransport:
                     await self._connect_once()
                     break
                 except TransportError as error:
-                    log.warning("%s", error)
+                    if str(error) not in told:
+                        told.add(str(error))
+                        self._on_trouble(error)
             log.info("connected to %s again", self._endpoint)
             for topic_filter in self._handlers:
                 self._client.subscribe(topic_filter, qos=1)

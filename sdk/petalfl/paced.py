@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
+import selectors
 import socket
 import ssl
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 30.0  # without a byte
 MIN_BYTES_PER_S = 256  # a server that is slower for a minute is given up
 MOST_PATIENCE_S = 60.0
 BUFFER_BYTES = 64 << 10
+CHECK_S = 0.5  # how often `check` is called while nothing comes
 
 
-def build_opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+def build_opener(
+    context: ssl.SSLContext | None, check: Callable[[], None] = lambda: None
+) -> urllib.request.OpenerDirector:
     """An opener whose connections must come at `MIN_BYTES_PER_S`, and which follows no redirect.
 
     Args:
         context: Of ``https`` URLs; None: there are none.
+        check: Called before every read, and now and then while it waits; what it raises ends it.
     """
     nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else urllib reads the system's authorities
-    https = _HttpsHandler(context=context or nobody)
-    return urllib.request.build_opener(_NoRedirect, _HttpHandler, https)
+    https = _HttpsHandler(check, context or nobody)
+    return urllib.request.build_opener(_NoRedirect, _HttpHandler(check), https)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -40,8 +47,11 @@ class _Paced(io.RawIOBase):
     A timeout alone would let a byte now and then go on for ever: in the headers, too.
     """
 
-    def __init__(self, connection: socket.socket, raw: io.RawIOBase) -> None:
+    def __init__(
+        self, connection: socket.socket, raw: io.RawIOBase, check: Callable[[], None]
+    ) -> None:
         self._connection = connection
+        self._check = check
         self._raw = raw
         self._patience_s = TIMEOUT_S
 
@@ -51,39 +61,69 @@ class _Paced(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         if self._patience_s <= 0:
             raise TimeoutError(f"less than {MIN_BYTES_PER_S} bytes a second come")
-        self._connection.settimeout(min(TIMEOUT_S, self._patience_s))
+        timeout_s = min(TIMEOUT_S, self._patience_s)
+        self._connection.settimeout(timeout_s)
         started_s = time.monotonic()
+        self._await(started_s + timeout_s)
         count = self._raw.readinto(buffer)
         earned_s = (count or 0) / MIN_BYTES_PER_S - (time.monotonic() - started_s)
         self._patience_s = min(MOST_PATIENCE_S, self._patience_s + earned_s)
         return count
+
+    def _await(self, end_s: float) -> None:
+        """Until something has come; the socket could not be read again after its own timeout."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_READ)
+            self._check()
+            while not _num_pending(self._connection):
+                left_s = end_s - time.monotonic()
+                if selector.select(max(0.0, min(CHECK_S, left_s))):
+                    return
+                self._check()
+                if left_s <= CHECK_S:
+                    raise TimeoutError("timed out")
 
     def close(self) -> None:
         self._raw.close()
         super().close()
 
 
+def _num_pending(connection: socket.socket) -> int:
+    """Bytes that have come and been decrypted already: no selector knows of them."""
+    return connection.pending() if isinstance(connection, ssl.SSLSocket) else 0
+
+
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
+    def __init__(
+        self, sock: socket.socket, *arguments: Any, check: Callable[[], None], **more: Any
+    ) -> None:
         super().__init__(sock, *arguments, **more)
-        self.fp = io.BufferedReader(_Paced(sock, self.fp.detach()), BUFFER_BYTES)
+        self.fp = io.BufferedReader(_Paced(sock, self.fp.detach(), check), BUFFER_BYTES)
 
 
-class _HttpConnection(http.client.HTTPConnection):
-    response_class = _Response
-
-
-class _HttpsConnection(http.client.HTTPSConnection):
-    response_class = _Response
+def _connection(
+    kind: type[http.client.HTTPConnection], check: Callable[[], None], host: str, **more: Any
+) -> http.client.HTTPConnection:
+    connection: Any = kind(host, **more)
+    connection.response_class = functools.partial(_Response, check=check)
+    return connection  # type: ignore[no-any-return]
 
 
 class _HttpHandler(urllib.request.HTTPHandler):
+    def __init__(self, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._check = check
+
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_HttpConnection, request)
+        make: Any = functools.partial(_connection, http.client.HTTPConnection, self._check)
+        return self.do_open(make, request)
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
-    _context: ssl.SSLContext
+    def __init__(self, check: Callable[[], None], context: ssl.SSLContext) -> None:
+        super().__init__(context=context)
+        self._check, self._trust = check, context
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_HttpsConnection, request, context=self._context)
+        make: Any = functools.partial(_connection, http.client.HTTPSConnection, self._check)
+        return self.do_open(make, request, context=self._trust)

@@ -115,6 +115,7 @@ class Participation:
             client_id=f"{self._identity.federation}-{self._identity.device}-{secret}",
             will=(self._topic(topics.status), wire.encode(wire.Status(is_online=False))),
             on_connect=self._reconnected,
+            on_trouble=self._callbacks.survived,
             tls=self._downlink.tls,
         )
         await transport.connect()

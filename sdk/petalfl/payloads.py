@@ -66,11 +66,15 @@ class EncodedDelta:
         return float(np.sqrt(squares))
 
 
-def plain_delta(vector: Vector) -> EncodedDelta:
-    """A finite delta as it is, for what arrives otherwise than over the wire."""
-    parameters, nothing = plain(vector), plain(np.zeros(0, np.float32))
-    return EncodedDelta("f32", np.ascontiguousarray(vector, "<f4").data.cast("B"), parameters,
-                        nothing)  # fmt: skip
+def plain_delta(vector: Vector, num_parameters: int | None = None) -> EncodedDelta:
+    """A finite delta as it is, for what arrives otherwise than over the wire.
+
+    Args:
+        num_parameters: What lies behind them are statistics; the default is that there are none.
+    """
+    end = vector.size if num_parameters is None else num_parameters
+    data = np.ascontiguousarray(vector, "<f4").data.cast("B")
+    return EncodedDelta("f32", data, plain(vector[:end]), plain(vector[end:]))
 
 
 def max_payload_bytes(codec: Codec, block: Block) -> int:

@@ -98,6 +98,11 @@ class Trainer:
         return sorted(data if isinstance(data, Mapping) else read_example(data, 0)[0])
 
     @property
+    def lacks_examples(self) -> bool:
+        """Whether there may be examples to train on only later."""
+        return isinstance(self._data, ExampleStore) and not self._data.num_labeled
+
+    @property
     def tasks(self) -> list[str] | None:
         """That there are labels of; None: of all, or one cannot know yet."""
         labels, data = self._labels, self._data
@@ -277,7 +282,7 @@ class Trainer:
         self._replace_parameters({n: self._received(block(n), v) for n, v in newest.items()})
         if vectors:
             kept = base.vectors | {name: to_bytes(vector) for name, vector in vectors.items()}
-            versions = base.versions | {name: pointers[name].version for name in vectors}
+            versions = base.versions | {name: to.version for name, to in pointers.items()}
             try:
                 self._store.write_shared(Shared(versions, kept))
             except StoreError as error:  # they can be downloaded again

@@ -79,7 +79,7 @@ def open_way(
     """
     if url.startswith(("mqtt:", "mqtts:")):
         return MqttWay(parse_mqtt_url(url), Pull(check))
-    return HttpWay(HttpClient(url, tls, on_bytes), f"/v1/{federation}")
+    return HttpWay(HttpClient(url, tls, on_bytes, check), f"/v1/{federation}")
 
 
 class HttpWay:

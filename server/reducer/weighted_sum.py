@@ -39,6 +39,7 @@ class WeightedSum:
     def __init__(self, size: int) -> None:
         self.weight = 0.0
         self._size = size
+        self._end: int | None = None  # of the parameters, behind which are statistics
         self._total = np.zeros(size, np.float64)
         self._waiting: list[tuple[EncodedDelta, float]] = []
         self._num_bytes = 0
@@ -46,9 +47,20 @@ class WeightedSum:
         self._error: BaseException | None = None
 
     def add(self, delta: EncodedDelta, weight: float) -> None:
-        """Counts an update; weight > 0. Waits where the pass before the last is not over."""
+        """Counts an update; weight > 0. Waits where the pass before the last is not over.
+
+        Raises:
+            ValueError: It is of another length, or cut otherwise than those before.
+        """
         if self._error is not None:
             return  # `mean` will say so
+        end = delta.parameters.size if self._end is None else self._end
+        if delta.size != self._size or delta.parameters.size != end:
+            raise ValueError(
+                f"a delta of {delta.parameters.size} + {delta.statistics.size} values, expected "
+                f"{end} + {self._size - end}"
+            )
+        self._end = end
         self._waiting.append((delta, weight))
         self._num_bytes += len(delta.payload)
         self.weight += weight

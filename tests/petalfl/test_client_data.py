@@ -205,12 +205,28 @@ def test_a_sequence_is_read_batch_by_batch(busy: Server, make: Make) -> None:
         make(busy, "two-labels", data=examples).run()
 
 
+def test_labels_may_come_later(
+    busy: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there are any, the device does not even enroll."""
+    monkeypatch.setattr("petalfl.client.POLL_S", 0.05)
+    with ExampleStore(tmp_path / "examples") as examples:
+        client = make(busy, "d", data=examples, labels=None)
+        client.start()
+        example = examples.append({"a": A[0]})
+        until(lambda: client._loop is not None, "the start")
+        assert client._trainer.identity is None
+        examples.label(example, 1)
+        until(lambda: client._trainer.state.round_num == 3, "the last round", 30)
+        client.close()
+        waiting = make(busy, "other", data=ExampleStore(tmp_path / "empty"), labels=None)
+        waiting.start()
+        waiting.close()  # does not wait for examples
+
+
 def test_an_example_store_that_will_not_do(idle: Server, make: Make, tmp_path: Path) -> None:
     with ExampleStore(tmp_path / "examples") as examples:
-        examples.append({"a": A[0]})
-        client = make(idle, "no-labels", data=examples, labels=None)
-        with pytest.raises(DataError, match="no example has"):
-            client.run()
+        examples.append({"a": A[0]}, 1)
         with pytest.raises(DataError, match="has its own labels: give none beside it"):
             make(idle, "two-labels", data=examples).run()
 

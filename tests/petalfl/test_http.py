@@ -18,6 +18,7 @@ import pytest
 from petalfl.errors import EnrollError, PetalError, TransportError
 from petalfl.http import HttpClient
 from petalfl.paced import TIMEOUT_S, _Paced
+from petalfl.pacing import Stopped
 
 
 class Site:
@@ -171,6 +172,36 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
             HttpClient(url).get("/x", 10)
 
 
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000])
+def test_a_check_ends_it(says: bytes) -> None:
+    """Whatever the server does: an app that stops waits for nobody."""
+    checks: list[float] = []
+
+    def check() -> None:
+        checks.append(time.monotonic())
+        if len(checks) > 2 and checks[-1] - checks[0] > 1:
+            raise Stopped
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        ended = threading.Event()
+
+        def keep_saying() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                while not ended.wait(0.1):
+                    connection.sendall(says)
+
+        thread = threading.Thread(target=keep_saying)
+        thread.start()
+        try:
+            with pytest.raises(Stopped):
+                HttpClient(url, check=check).get("/x", 10)
+        finally:
+            ended.set()
+            thread.join()
+
+
 ODD_ANSWERS = {
     "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
     "nothing": b"",
@@ -278,8 +309,12 @@ def test_how_slow_a_server_may_be(pace: str, monkeypatch: pytest.MonkeyPatch) ->
         def settimeout(self, timeout_s: float) -> None:
             timeouts.append(timeout_s)
 
+    class Ready(_Paced):
+        def _await(self, end_s: float) -> None:
+            """It is the line that takes its time."""
+
     monkeypatch.setattr("petalfl.paced.time.monotonic", lambda: now_s)
-    paced = _Paced(Connection(), Line())  # type: ignore[arg-type]
+    paced = Ready(Connection(), Line(), lambda: None)  # type: ignore[arg-type]
     if is_fine:
         for _ in range(2000):
             assert paced.readinto(bytearray(65536)) == num_bytes

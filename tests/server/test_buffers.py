@@ -6,12 +6,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from petalfl.codecs import parse_codec
+from petalfl.payloads import parse_payload, plain_delta
 from petalfl.vectors import to_bytes
 from petalfl.wire import BlockUpdate
 from server.aggregators import AGGREGATORS, parse_aggregator
 from server.buffers import Buffer
 from server.reducer import choose, use
-from tests.server.builders import BLOCKS, make_id, make_update
+from server.reducer.weighted_sum import WeightedSum
+from tests.server.builders import BLOCKS, make_block, make_id, make_update
 
 TEXTS = {"trimmed-mean": "trimmed-mean:0.3", "krum": "krum:1", "multi-krum": "multi-krum:1"}
 # Float64 sums of these depend on their order, and so does a tie between equals.
@@ -65,3 +68,30 @@ def test_updates_of_one_device_and_task_go_by_their_ids() -> None:
         assert delta is not None
         found.add(to_bytes(delta))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("rule", ["weighted-mean", "geometric-median", "multi-krum:0", "median"])
+def test_a_device_that_sent_twice_beside_others(backend: str, rule: str) -> None:
+    """Of a block with running statistics, as its codec leaves them: apart from the parameters."""
+    if backend != "numpy":
+        pytest.importorskip(backend)
+    block = make_block("norm", "encoder", ("acc",), {"w": (5,)}, {"mean": (3,)})[0]
+    payload = to_bytes(np.ones(8, np.float32))
+    with use(choose(backend)):
+        buffer = Buffer(block, parse_aggregator(rule))
+        for number, device in enumerate(["a", "a", "b", "c"]):
+            encoded = parse_payload(parse_codec("f32"), block, payload)
+            buffer.add(BlockUpdate(make_id(number), device, "norm", 1, 1, 1, encoded), 1.0)
+        found = buffer.result().delta
+    assert found is not None
+    np.testing.assert_allclose(found, 1.0, rtol=1e-6)
+
+
+def test_deltas_cut_otherwise_are_refused() -> None:
+    total = WeightedSum(8)
+    total.add(plain_delta(np.ones(8, np.float32), 5), 1.0)
+    with pytest.raises(ValueError, match=r"a delta of 8 \+ 0 values, expected 5 \+ 3"):
+        total.add(plain_delta(np.ones(8, np.float32)), 1.0)
+    with pytest.raises(ValueError, match=r"a delta of 5 \+ 2 values"):
+        total.add(plain_delta(np.ones(7, np.float32), 5), 1.0)

@@ -107,3 +107,11 @@ async def test_a_wrong_token(operator: Operator) -> None:
 async def test_no_http_there(operator: Operator) -> None:
     said = await operator.enroll("new", "--url", "http://127.0.0.1:9", "--token", TOKEN)
     assert "no petalfl server answers at http://127.0.0.1:9" in said
+
+
+async def test_a_file_that_cannot_be_written_takes_no_name(
+    operator: Operator, tmp_path: Path
+) -> None:
+    operator.out = tmp_path / "missing" / "new.json"
+    assert f"cannot write {operator.out}" in await operator.enroll()
+    assert "new" not in operator.enrolled

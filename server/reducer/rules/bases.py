@@ -77,7 +77,7 @@ def groups(num_directions: int, num_clients: int, num_columns: int) -> Tiling:
 
 def power_of_two_above(deltas: Sequence[EncodedDelta]) -> float:
     """Above the norms of the deltas, or the greatest of float32; to divide by it is exact."""
-    exponent = int(np.frexp(max(delta.norm for delta in deltas))[1])
+    exponent = int(np.frexp(max(delta.norm * delta.factor for delta in deltas))[1])
     return float(2.0 ** min(max(exponent, -126), 127))
 
 

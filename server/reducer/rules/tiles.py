@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from typing import NamedTuple, TypeVar
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +91,29 @@ def read(delta: EncodedDelta, part: slice, out: Vector) -> None:
     out[:] = piece[skip:]
 
 
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Keeps the BLAS from starting threads beside ours: they wait for one another by spinning."""
-    limit: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
-    return limit
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keeps the BLAS from starting threads beside ours: they wait for one another by spinning.
+
+    The limit is the process's: the first who asks for it sets it, and the last one lifts it.
+    """
+    global _limit, _num_limiting
+    with _limiting:
+        if not _num_limiting:
+            _limit = _controller().limit(limits=1, user_api="blas")
+        _num_limiting += 1
+    try:
+        yield
+    finally:
+        with _limiting:
+            _num_limiting -= 1
+            if not _num_limiting:
+                _limit.restore_original_limits()
+
+
+_limiting = threading.Lock()
+_limit: Any = None
+_num_limiting = 0
 
 
 @functools.cache

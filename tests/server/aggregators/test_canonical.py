@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from petalfl.payloads import plain_delta
 from petalfl.vectors import Vector
 from server.aggregators import canonical, weighted_mean
 from server.matrices import MAX_ROWS, matrices
+from server.norms import clip
 from server.reducer.rules.bases import leading_directions, reliabilities
 from tests.server.aggregators.builders import Update, aggregate, assert_order_free, vector_block
 from tests.server.builders import make_block
@@ -189,3 +191,17 @@ def test_a_block_without_a_matrix_gets_the_weighted_mean() -> None:
         aggregate(canonical(), drawn, vector_block(8)),
         aggregate(weighted_mean(), drawn, vector_block(8)),
     )
+
+
+def test_a_clipped_giant_drowns_nobody() -> None:
+    """Scales go by what a delta is after it was clipped."""
+    rule = canonical(1.0, 1.0)
+    state = rule.init(MATRIX)
+    honest = np.ones(M * N, np.float32)
+    giant = clip(plain_delta(np.full(M * N, 1e24, np.float32)), 10.0)
+    for delta in (plain_delta(honest), plain_delta(honest), giant):
+        state = rule.accumulate(state, delta, 1.0)
+    found = rule.finalize(state)
+    assert found is not None
+    expected = np.mean([1, 1, 10 / np.sqrt(M * N)])  # along the one direction that there is
+    np.testing.assert_allclose(found, expected, rtol=0.05)

@@ -89,3 +89,19 @@ def test_what_a_kernel_takes_is_within_the_budget(
         tracemalloc.stop()
     beside = 4 * 20_000 + 3 * 8 * 300 * 300
     assert peak <= budget + beside + (1 << 18)
+
+
+def test_passes_that_overlap_give_the_blas_its_threads_back() -> None:
+    def num_threads() -> list[int]:
+        return [
+            one["num_threads"] for one in tiles._controller().info() if one["user_api"] == "blas"
+        ]
+
+    before, first, second = num_threads(), tiles.one_blas_thread(), tiles.one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    assert set(num_threads()) <= {1}
+    first.__exit__(None, None, None)
+    assert set(num_threads()) <= {1}, "the other one is still at it"
+    second.__exit__(None, None, None)
+    assert num_threads() == before
