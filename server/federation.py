@@ -169,12 +169,13 @@ class Federation:
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
         """Rejects an update that would not count before its payload has come."""
         refusal = self.refuse(device, manifest)
-        return self._answer(device, manifest, refusal) if refusal else None
+        return self._rejected(manifest.update_id, refusal) if refusal else None
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """Counts an update once; it is in the journal before its receipt exists."""
         if refusal := self.refuse(update.device, update):
-            return self._answer(update.device, update, refusal)
+            log.warning("refused an update: %s", refusal.reason)
+            return self._rejected(update.update_id, refusal)
         assert self.round is not None
         if not self.round.has(update.device, update):
             self._state.journal_update(update)
@@ -218,13 +219,6 @@ class Federation:
             log.error("cannot write the traffic, which is counted on: %s", error)
         else:
             self._traffic.clear()
-
-    def _answer(self, device: str, update: Announced, refusal: Refusal) -> wire.Receipt:
-        """A rejection; but of what counted, and whose receipt was lost, the receipt."""
-        if self._state.has_update_of(update.round_num, device, update.block, update.update_id):
-            return wire.Receipt(update.update_id, "accepted")
-        log.warning("refused an update: %s", refusal.reason)
-        return self._rejected(update.update_id, refusal)
 
     def _rejected(self, update_id: bytes, refusal: Refusal) -> wire.Receipt:
         self.refused[refusal.kind] += 1

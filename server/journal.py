@@ -171,14 +171,6 @@ class Journal:
         query = "SELECT 1 FROM updates WHERE update_id = ?"
         return self._db.execute(query, (update_id,)).fetchone() is not None
 
-    def key(self, update_id: bytes) -> tuple[int, str, str] | None:
-        """Round, device and block of the update that was appended under this id, if any."""
-        if (row := self._updates.get(update_id)) is not None:
-            return tuple(row[_KEY])
-        query = "SELECT round_num, device, block FROM updates WHERE update_id = ?"
-        found: tuple[int, str, str] | None = self._db.execute(query, (update_id,)).fetchone()
-        return found
-
     def _has_other(self, update: BlockUpdate) -> bool:
         key = (update.round_num, update.device, update.block)
         if key in self._sent:

@@ -287,10 +287,6 @@ class ServerState:
         """Whether an update of whatever round was accepted under this id."""
         return self._journal.has(update_id)
 
-    def has_update_of(self, round_num: int, device: str, block: str, update_id: bytes) -> bool:
-        """Whether it was accepted in that round, from that device and for that block."""
-        return self._journal.key(update_id) == (round_num, device, block)
-
     def unconsumed_updates(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The accepted updates that no step has consumed, in order of arrival."""
         self._journal.commit()

@@ -132,11 +132,17 @@ class Downlink:
         there = downloads.keep_only({one.sha256 for one in wanted})
         num_bytes = sum(one.num_bytes for one in wanted)
         self._check_room(num_bytes, num_bytes - there)
+        alike: dict[str, list[Artifact]] = {}  # two encoders of one shape have the same graphs
         for one in wanted:
-            self._fetch(f"artifacts/{one.path}", one.sha256, one.num_bytes, downloads).close()
-        for one in wanted:  # all have come: until here, the model before this one is whole
-            with downloads.open(one.sha256) as partial:
-                partial.move_to(self._store.artifacts / one.path)
+            alike.setdefault(one.sha256, []).append(one)
+        for sha256, (one, *_) in alike.items():
+            self._fetch(f"artifacts/{one.path}", sha256, one.num_bytes, downloads).close()
+        for sha256, (first, *others) in alike.items():
+            # All have come: until here, the model before this one is whole.
+            with downloads.open(sha256) as partial:
+                for other in others:
+                    self._store.write_file(other.path, bytes(partial.read()))
+                partial.move_to(self._store.artifacts / first.path)
 
     def _check_room(self, num_bytes: int, num_missing: int) -> None:
         if num_bytes > MAX_MODEL_BYTES:

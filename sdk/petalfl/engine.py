@@ -95,13 +95,23 @@ class OrtEngine:
         folder: The artifacts; only those of the blocks that are used need be there.
         num_threads: Per session; 1 is right for many clients on few cores.
         name: As in `petalfl.runtime.find_runtime`, which is asked when a graph is first run.
+        is_foreign: They came over a network: every graph is looked through before it is loaded,
+            and must be ONNX, not ONNX Runtime's own format.
 
     Every method raises `ModelError` where the runtime is not there or not the one named, and
     where a graph is missing, damaged, too new for the runtime, does not run, holds what
     `petalfl.graphs` refuses, or gives anything else than the manifest says.
     """
 
-    def __init__(self, folder: Path, num_threads: int = 1, *, name: EngineName = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_threads: int = 1,
+        *,
+        name: EngineName = "auto",
+        is_foreign: bool = False,
+    ) -> None:
+        self._is_foreign = is_foreign
         self._folder = folder
         self._num_threads = num_threads
         self._name = name
@@ -152,7 +162,9 @@ class OrtEngine:
         if artifact.sha256 not in self._loaded:
             self._runtime = runtime = self._runtime or find_runtime(self._name)
             data = read_artifact(self._folder, artifact)
-            self._loaded[artifact.sha256] = _open_graph(artifact, data, self._num_threads, runtime)
+            self._loaded[artifact.sha256] = _open_graph(
+                artifact, data, self._num_threads, runtime, self._is_foreign
+            )
         return self._loaded[artifact.sha256]
 
 
@@ -202,24 +214,27 @@ class _Graph:
 
 
 # Sessions by content: a thousand emulated devices of one model share a handful.
-_graphs: weakref.WeakValueDictionary[tuple[str, int], _Graph] = weakref.WeakValueDictionary()
+_graphs: weakref.WeakValueDictionary[tuple[str, int, bool], _Graph] = weakref.WeakValueDictionary()
 _graphs_lock = threading.Lock()
 
 
-def _open_graph(artifact: Artifact, data: bytes, num_threads: int, runtime: Runtime) -> _Graph:
+def _open_graph(
+    artifact: Artifact, data: bytes, num_threads: int, runtime: Runtime, is_foreign: bool
+) -> _Graph:
     import onnxruntime as ort
 
     _share_arena()
     with _graphs_lock:
-        graph = _graphs.get((artifact.sha256, num_threads))
+        graph = _graphs.get((artifact.sha256, num_threads, is_foreign))
         if graph is None:
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
             options.add_session_config_entry("session.use_env_allocators", "1")
-            options.add_session_config_entry("session.load_model_format", "ONNX")
-            check_graph(artifact.path, data)
+            if is_foreign:
+                options.add_session_config_entry("session.load_model_format", "ONNX")
+                check_graph(artifact.path, data)
             try:
                 session = ort.InferenceSession(
                     data,
@@ -229,7 +244,9 @@ def _open_graph(artifact: Artifact, data: bytes, num_threads: int, runtime: Runt
                 )
             except Exception as error:  # as above
                 raise ModelError(_why_not_loaded(artifact.path, error, runtime)) from error
-            graph = _graphs[artifact.sha256, num_threads] = _Graph(artifact.path, session)
+            graph = _graphs[artifact.sha256, num_threads, is_foreign] = _Graph(
+                artifact.path, session
+            )
         return graph
 
 

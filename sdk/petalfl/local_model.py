@@ -44,7 +44,9 @@ class LocalModel:
         engine: EngineName = "auto",
     ) -> LocalModel:
         """Starts without parameters, on artifacts that lie in a folder."""
-        return cls(manifest, OrtEngine(artifacts, num_threads, name=engine), held, {})
+        return cls(
+            manifest, OrtEngine(artifacts, num_threads, name=engine, is_foreign=True), held, {}
+        )
 
     def with_parameters(self, parameters: Mapping[str, Vector]) -> LocalModel:
         """The same model with some blocks' parameters replaced."""

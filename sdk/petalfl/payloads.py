@@ -74,7 +74,8 @@ def plain_delta(vector: Vector, num_parameters: int | None = None) -> EncodedDel
     """
     end = vector.size if num_parameters is None else num_parameters
     data = np.ascontiguousarray(vector, "<f4").data.cast("B")
-    return EncodedDelta("f32", data, plain(vector[:end]), plain(vector[end:]))
+    parameters = vector if end == vector.size else vector[:end]
+    return EncodedDelta("f32", data, plain(parameters), plain(vector[end:]))
 
 
 def max_payload_bytes(codec: Codec, block: Block) -> int:

@@ -77,7 +77,13 @@ class Replay(np.random.Generator):
 
     def __init__(self, made: Round) -> None:
         super().__init__(np.random.PCG64(0))
+        self._made = made
         self.orders, self.masks = list(made.orders), list(made.masks)
+
+    def __deepcopy__(self, memo: object) -> Replay:
+        other = Replay(self._made)
+        other.orders, other.masks = list(self.orders), list(self.masks)
+        return other
 
     def permutation(self, x: Any, axis: int = 0) -> Any:
         return np.array(self.orders.pop(0))

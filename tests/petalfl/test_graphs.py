@@ -122,7 +122,9 @@ def block_of(folder: Path, data: bytes) -> Block:
 
 
 def run(folder: Path, data: bytes) -> dict[str, NDArray[np.float32]]:
-    return OrtEngine(folder).evaluate(block_of(folder, data), np.zeros(0, np.float32), {"a": X})
+    return OrtEngine(folder, is_foreign=True).evaluate(
+        block_of(folder, data), np.zeros(0, np.float32), {"a": X}
+    )
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -352,7 +352,7 @@ identities = st.builds(
     Identity,
     names,
     names,
-    st.text(min_size=16, max_size=30),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=16, max_size=30),
     st.lists(names, max_size=3).map(tuple),
 )
 

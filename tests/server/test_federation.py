@@ -248,22 +248,6 @@ async def test_a_redelivered_update_counts_once(site: Site) -> None:
         np.testing.assert_array_equal(delta, np.full(8, 2.0))
 
 
-async def test_what_has_counted_stays_accepted_when_its_round_is_over(site: Site) -> None:
-    """Its receipt may have been lost; a stranger cannot have it for his own update."""
-    with site.run(ready=["watch", "phone"], min_devices=1, cohort_size=0) as run:
-        update = make_update("watch", "head", 3.0, num_examples=1)
-        assert run.federation.on_update(update).status == "accepted"
-        await run.federation.commit()
-        await run.finish_round(1, 1.0)
-        assert run.federation.round_num == 2
-        again = run.federation.on_update(update)
-        assert again == wire.Receipt(update.update_id, "accepted")
-        stolen = make_update("phone", "head", 3.0, update_id=update.update_id)
-        assert run.federation.on_update(stolen).status == "rejected"
-        assert run.federation.round_num == 2
-        assert result(run, "head").delta is None
-
-
 REJECTED = {
     "not held": (make_update("watch", "encoder-gyro", 1.0), "was not asked for the block"),
     "not in the cohort": (make_update("phone", "head", 1.0), "not in the cohort of round 1"),
