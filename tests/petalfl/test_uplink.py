@@ -364,3 +364,16 @@ async def test_a_server_that_never_has_enough_is_not_sent_it_without_a_pause(
     _, receipt = await rig.deliver(UPDATE, *[missing(3)] * 10, ACCEPTED)
     assert receipt == ACCEPTED
     assert pauses == 1 + 10 - uplink.MOST_ASKED
+
+
+async def test_a_receipt_is_told_of_when_it_comes(rig: Rig) -> None:
+    """Also where the delivery is given up in the same turn of the loop, for a newer task."""
+    told: list[Receipt] = []
+    delivery = asyncio.create_task(rig.uplink.deliver(UPDATE, told.append))
+    while ID not in rig.uplink._waiting:
+        await asyncio.sleep(0)
+    rig.uplink.receive(ACCEPTED)
+    delivery.cancel()
+    await asyncio.gather(delivery, return_exceptions=True)
+    assert told == [ACCEPTED]
+    assert delivery.cancelled()
