@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from petalfl.waiting import within
 from petalfl.wire import Finish, Task
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class Inbox:
     async def has_other_than(self, message: Task | Finish, timeout_s: float) -> bool:
         """Waits, at most so long, until there is another message than this one."""
         try:
-            await asyncio.wait_for(self._until_other_than(message), timeout_s)
+            await within(timeout_s, self._until_other_than(message))
         except asyncio.TimeoutError:
             return False
         return True

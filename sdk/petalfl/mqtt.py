@@ -28,6 +28,7 @@ from petalfl.backoff import delays
 from petalfl.errors import TransportError
 from petalfl.tls import Tls, explain
 from petalfl.transport import Handler, dispatch
+from petalfl.waiting import within
 
 log = logging.getLogger("petalfl.mqtt")
 
@@ -174,7 +175,7 @@ class MqttTransport:
             raise self._no_answer(error) from error
         self._register()
         try:
-            code = await asyncio.wait_for(self._connack, self._timeout_s)
+            code = await within(self._timeout_s, self._connack)
         except asyncio.TimeoutError as error:  # an OSError too, on newer Pythons
             self._hang_up()
             raise TransportError(
@@ -225,7 +226,7 @@ class MqttTransport:
         future = asyncio.get_running_loop().create_future()
         self._waiting[kind, mid] = future
         try:
-            return await asyncio.wait_for(future, self._timeout_s)
+            return await within(self._timeout_s, future)
         except asyncio.TimeoutError as error:
             raise TransportError(f"{complaint} in {self._timeout_s:g} s") from error
         finally:

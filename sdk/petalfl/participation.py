@@ -25,6 +25,7 @@ from petalfl.threads import Threads
 from petalfl.trainer import Trainer
 from petalfl.transport import Transport
 from petalfl.uplink import Uplink
+from petalfl.waiting import within
 from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
@@ -94,7 +95,7 @@ class Participation:
             if self._announcing is not None:
                 self._announcing.cancel()
             with contextlib.suppress(TransportError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._publish_status(False), GOODBYE_TIMEOUT_S)
+                await within(GOODBYE_TIMEOUT_S, self._publish_status(False))
             await self._transport.close()
             if self._meter is not None:
                 self._meter.save()

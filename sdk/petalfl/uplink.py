@@ -11,6 +11,7 @@ from petalfl.backoff import delays
 from petalfl.errors import TransportError
 from petalfl.store import Outgoing
 from petalfl.transport import Transport
+from petalfl.waiting import within
 
 log = logging.getLogger("petalfl.uplink")
 
@@ -95,7 +96,7 @@ class Uplink:
         future = asyncio.get_running_loop().create_future()
         self._waiting[update_id] = future
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            return await within(timeout_s, future)
         except asyncio.TimeoutError:
             return None
         finally:
@@ -114,7 +115,7 @@ class Uplink:
             await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
             if not future.done() or future.result().status == "missing":
                 await sending
-            return await asyncio.wait_for(future, RECEIPT_TIMEOUT_S)
+            return await within(RECEIPT_TIMEOUT_S, future)
         finally:
             del self._waiting[message.update_id]
             sending.cancel()

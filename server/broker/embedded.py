@@ -18,6 +18,7 @@ from typing import Any
 
 from petalfl.backoff import delays
 from petalfl.mqtt import Endpoint
+from petalfl.waiting import within
 
 from ..tls import ServerTls
 from .broker import BrokerError
@@ -207,7 +208,7 @@ async def _spawn() -> Process:
 async def _read_answer(child: Process) -> dict[str, Any]:
     assert child.stdout is not None
     try:
-        line = await asyncio.wait_for(child.stdout.readline(), ANSWER_TIMEOUT_S)
+        line = await within(ANSWER_TIMEOUT_S, child.stdout.readline())
     except asyncio.TimeoutError as error:
         raise BrokerError(
             f"the embedded broker (pid {child.pid}) gave no answer in {ANSWER_TIMEOUT_S:.0f} s"
