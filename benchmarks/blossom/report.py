@@ -41,6 +41,8 @@ def write_report(lines: Sequence[Line], page: Path) -> list[Path]:
         draw_curves(setting, figure)
         written.append(figure)
         parts.append(section(setting, f"images/{figure.name}"))
+    if codecs := tables.codecs_table(lines):
+        parts.append(f"### Codecs\n\nCells that differ in nothing else, seed by seed.\n\n{codecs}")
     body = "\n\n".join(parts) if parts else "No cell has been run yet."
     page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
     return written

@@ -168,12 +168,41 @@ def traffic_table(setting: Setting) -> str:
             lines = list(setting.of(scheme, regime, missing).values())
             if not lines:
                 continue
-            up = [np.mean([d["bytes_up"] for d in x["devices"].values()]) / 1e6 for x in lines]
+            up = _mb_up(lines)
             score = np.mean([100 * x["final"][setting.metric] for x in lines])
-            per_mb = f"{score / np.mean(up):.2f}" if np.mean(up) > 0 else "–"
+            per_mb = f"{score / up:.2f}" if up else "–"
             rows.append([f"`{scheme}`", _heading(regime, missing),
-                         f"{np.mean(up):.2f}", f"{score:.1f}", per_mb])  # fmt: skip
+                         f"{up:.2f}", f"{score:.1f}", per_mb])  # fmt: skip
     return _table(["scheme", "regime", "MB up per device", "last round", "points per MB"], rows)
+
+
+def codecs_table(lines: Iterable[Line]) -> str:
+    """What codecs save and cost: of cells that differ in their codec alone, seed by seed."""
+    families: dict[str, dict[str, dict[int, Line]]] = {}
+    for line in lines:
+        if line["protocol"] == PROTOCOL:
+            rest = {k: v for k, v in line["cell"].items() if k not in ("codec", "seed")}
+            by_codec = families.setdefault(json.dumps(rest), {})
+            by_codec.setdefault(line["cell"]["codec"], {})[line["cell"]["seed"]] = line
+    rows = []
+    for rest, by_codec in families.items():
+        cell, plain = json.loads(rest), by_codec.get("f32", {})
+        metric = DATASETS[cell["dataset"]].metric
+        common = sorted(plain.keys() & set().union(*(b for c, b in by_codec.items() if c != "f32")))
+        for codec, by_seed in by_codec.items() if common else ():
+            chosen = {s: by_seed[s] for s in common if s in by_seed}
+            full, sent = (_mb_up(x[s] for s in chosen) for x in (plain, by_seed))
+            scores = [100 * x["finished"][metric] for x in chosen.values()]
+            rows.append([
+                cell["dataset"], _heading(cell["regime"], cell["missing"]), f"`{cell['scheme']}`",
+                f"`{codec}`", f"{sent:.2f}", f"{full / sent:.1f} ×" if sent else "–",
+                mean_and_spread(scores),
+                "" if codec == "f32" else _paired(chosen, plain, metric),
+                f"{np.mean(scores) / sent:.2f}" if sent else "–",
+            ])  # fmt: skip
+    headings = ("data", "regime", "scheme", "codec", "MB up per device", "fewer bytes",
+                "after the finish", "to f32", "points per MB")  # fmt: skip
+    return _table(headings, rows) if rows else ""
 
 
 def is_rising(line: Line, metric: str) -> bool:
@@ -197,6 +226,12 @@ def mean_and_spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f} (1)"
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def _mb_up(lines: Iterable[Line]) -> float:
+    """Millions of bytes that a device sends, on average."""
+    of_cells = [np.mean([d["bytes_up"] for d in x["devices"].values()]) for x in lines]
+    return float(np.mean(of_cells)) / 1e6
 
 
 def _paired(a: Mapping[int, Line], b: Mapping[int, Line], metric: str) -> str:

@@ -115,6 +115,24 @@ def test_the_command_of_a_table_runs_its_cells() -> None:
     assert asked == {Cell(**one["cell"]).key for one in lines}
 
 
+def test_codecs_are_compared_on_the_seeds_that_both_have(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text(f"{BEGIN}{END}")
+    lines = [line("fm", s, 0.5 + 0.1 * s) for s in range(3)]
+    lines += [line("fm", s, 0.6 + 0.1 * s, codec="int8") for s in (0, 1)]
+    lines += [line("ph", 0, 0.5), line("phf", 1, 0.5, codec="int8")]  # with nothing to compare
+    for one in lines:
+        if one["cell"]["codec"] == "int8":
+            one["devices"]["d"]["bytes_up"] = 500_000
+    write_report(lines, page)
+    rows = [row for row in page.read_text().splitlines() if row.startswith("| watch | ")]
+    start = "| watch | exclusive, mask | `fm` |"
+    assert rows == [
+        f"{start} `f32` | 2.00 | 1.0 × | 55.0 ± 7.1 |  | 27.50 |",
+        f"{start} `int8` | 0.50 | 4.0 × | 65.0 ± 7.1 | +10.0 ± 0.0 | 130.00 |",
+    ]
+
+
 def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     with pytest.raises(PetalError, match="cannot read"):
