@@ -10,8 +10,11 @@ from pathlib import Path
 from .journal import SCHEMA as JOURNAL_SCHEMA
 from .versions import StateError
 
-FORMAT = 3  # PRAGMA user_version
-_UPGRADES = {2: "ALTER TABLE updates ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'"}
+FORMAT = 4  # PRAGMA user_version
+_UPGRADES = {
+    2: "ALTER TABLE updates ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'",
+    3: "ALTER TABLE updates ADD COLUMN sha256 TEXT NOT NULL DEFAULT ''",
+}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -71,11 +74,12 @@ def _upgrade(db: sqlite3.Connection, path: Path) -> None:
     (num_tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if not num_tables:
         return
-    if version in _UPGRADES:
+    while version in _UPGRADES:
         with transaction(db):
             db.execute(_UPGRADES[version])
-            db.execute(f"PRAGMA user_version={version + 1}")
-    elif version != FORMAT:
+            version += 1
+            db.execute(f"PRAGMA user_version={version}")
+    if version != FORMAT:
         raise StateError(
             f"{path} has format {version}, this server reads {FORMAT}; choose another --data-dir"
         )

@@ -30,7 +30,7 @@ from .resume import check_owner, round_from_journal
 from .roster import Roster
 from .rounds import Announced, Assignment, Refusal, Round, mean_loss
 from .shared_blocks import SharedBlocks
-from .state import Closing, NewVersion, ServerState, StateError
+from .state import Closing, Entry, NewVersion, ServerState, StateError
 from .tally import Tally
 from .tasks import make_task
 from .traffic import Traffic
@@ -154,36 +154,57 @@ class Federation:
         """The device takes no part in the rounds to come until it is ready again."""
         self.roster.ready.pop(device, None)
 
-    def refuse(self, device: str, update: Announced) -> Refusal | None:
-        """Why an update of this device does not count; None when it does."""
-        if self.round is None:
-            return Refusal("late", "no round is open")
-        refusal = self.round.refuse(device, update)
-        if refusal is None and not self.round.has(device, update):
-            is_known = self._state.has_update(update.update_id)
-            refusal = Refusal("duplicate", "its update_id is another's") if is_known else None
-            if self._stepping is not None and not self.config.is_async:
-                refusal = Refusal("late", f"round {self.round_num} is closing")
-        return refusal
+    def on_question(self, device: str, update_id: bytes) -> wire.Receipt | None:
+        """The receipt once more, of whatever round the update is; None where there was none."""
+        entry = self._state.find_update(update_id)
+        return None if entry is None or entry.device != device else self._again(update_id, entry)
 
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
-        """Rejects an update that would not count before its payload has come."""
-        refusal = self.refuse(device, manifest)
+        """The receipt of an update whose payload need not come."""
+        if receipt := self._known(device, manifest):
+            return receipt
+        refusal = self._refuse(device, manifest)
         return self._rejected(manifest.update_id, refusal) if refusal else None
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """Counts an update once; it is in the journal before its receipt exists."""
-        if refusal := self.refuse(update.device, update):
+        if receipt := self._known(update.device, update):
+            return receipt
+        if refusal := self._refuse(update.device, update):
             log.warning("refused an update: %s", refusal.reason)
             return self._rejected(update.update_id, refusal)
         assert self.round is not None
-        if not self.round.has(update.device, update):
-            self._state.journal_update(update)
-            self.round.add(update)
-            self.roster.note_sent(update)
-            self._warn_of_quorum(update.block)
-            self._advance_soon()
+        self._state.journal_update(update)
+        self.round.add(update)
+        self.roster.note_sent(update)
+        self._warn_of_quorum(update.block)
+        self._advance_soon()
         return wire.Receipt(update.update_id, "accepted")
+
+    def _known(self, device: str, update: Announced) -> wire.Receipt | None:
+        """The receipt of an update that was counted before; None of one that is new."""
+        entry = self._state.find_update(update.update_id)
+        if entry is None:
+            return None
+        if entry.is_of(device, update):
+            return self._again(update.update_id, entry)
+        refusal = self._refuse(device, update) or Refusal("duplicate", "its update_id is another's")
+        return self._rejected(update.update_id, refusal)
+
+    def _again(self, update_id: bytes, entry: Entry) -> wire.Receipt:
+        if entry.version == 0:
+            text = f"round {entry.closed_in} closed without a new version of block {entry.block}"
+            return self._rejected(update_id, Refusal("late", text))
+        return wire.Receipt(update_id, "accepted")
+
+    def _refuse(self, device: str, update: Announced) -> Refusal | None:
+        """Why a new update of this device does not count; None when it does."""
+        if self.round is None:
+            return Refusal("late", "no round is open")
+        refusal = self.round.refuse(device, update)
+        if refusal is None and self._stepping is not None and not self.config.is_async:
+            refusal = Refusal("late", f"round {self.round_num} is closing")
+        return refusal
 
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
         """Notes that a device has done its task."""

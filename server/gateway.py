@@ -24,7 +24,7 @@ from petalfl.schema import NAME_REGEX
 from petalfl.transport import Transport
 
 from .conduct import MALFORMED_BYTES, Conduct, Standing
-from .transfers import MAX_ATTEMPTS, Transfers
+from .transfers import MAX_ATTEMPTS, MAX_PER_DEVICE, Transfers
 
 log = logging.getLogger("petalfl.server.gateway")
 
@@ -44,7 +44,10 @@ class Judge(Protocol):
         """A device has left or was lost."""
 
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
-        """An update is announced; a rejection where it need not come at all."""
+        """An update is announced; its receipt where its payload need not come."""
+
+    def on_question(self, device: str, update_id: bytes) -> wire.Receipt | None:
+        """A device asks after an update that is not under way; None where it never came."""
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:
         """A whole, well-formed update; the receipt goes back to its device after a `commit`."""
@@ -93,6 +96,7 @@ class Gateway:
         self._cut_off, self._fetch = cut_off, fetch
         self._now_s = now_s
         self._malformed: dict[str, str] = {}  # by device, why one since its last Fin was refused
+        self._judged: dict[str, dict[bytes, wire.Receipt]] = {}  # by device, until its Fin comes
         self._has_left: set[str] = set()
         self._unheard: dict[str, wire.Ready] = {}  # of devices that are throttled
         self._timers: dict[str, asyncio.TimerHandle] = {}  # until they are forgiven
@@ -243,10 +247,12 @@ class Gateway:
         if block not in self._blocks or manifest.block != block:
             raise WireError(f"block {manifest.block!r} announced on the topic of {block!r}")
         wire.check_announced(manifest, self._blocks[block])
-        if receipt := self._judge.on_manifest(device, manifest):
-            self.refused["update"] += 1
-            self._conduct.note(device, MALFORMED_BYTES)
-            self._malformed[device] = receipt.reason  # the answer to its Fin, which comes next
+        judged = self._judged.setdefault(device, {})
+        judged.pop(manifest.update_id, None)
+        if receipt := self._judge_early(device, manifest):
+            judged[manifest.update_id] = receipt  # the answer to its Fin, which comes next
+            if len(judged) > MAX_PER_DEVICE:
+                del judged[next(iter(judged))]
             return
         if not self.transfers.announce(device, manifest):
             self._conduct.note(device, 0)
@@ -261,6 +267,8 @@ class Gateway:
     def _finish(self, device: str, update_id: bytes) -> wire.Receipt | None:
         """The answer to a Fin; None where it must wait for its turn."""
         malformed = self._malformed.pop(device, "")
+        if receipt := self._judged.get(device, {}).pop(update_id, None):
+            return receipt
         transfer = self.transfers.get(device, update_id)
         if transfer is None or transfer.missing:
             self._conduct.note(device, 0)
@@ -269,8 +277,11 @@ class Gateway:
                 return None
             if malformed:  # what was to announce it: to ask for it again would go on forever
                 return wire.Receipt(update_id, "rejected", malformed)
-            return wire.Receipt(update_id, "missing")
+            receipt = self._judge.on_question(device, update_id)
+            return receipt or wire.Receipt(update_id, "missing")
         if transfer.missing:
+            if receipt := self._judge_early(device, transfer.manifest):
+                return receipt
             transfer.num_bad_attempts += bool(malformed)
             if transfer.num_bad_attempts < MAX_ATTEMPTS:
                 return transfer.request()
@@ -284,7 +295,18 @@ class Gateway:
             self.refused["payload"] += 1
             self._conduct.note(device, transfer.manifest.num_bytes)
             return wire.Receipt(update_id, "rejected", str(error))
-        receipt = self._judge.on_update(update)
+        return self._counted(device, self._judge.on_update(update))
+
+    def _judge_early(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
+        """The receipt of an update that need not come, and then nothing of it stays."""
+        receipt = self._judge.on_manifest(device, manifest)
+        if receipt is None:
+            return None
+        if self.transfers.is_known(device, manifest.update_id):
+            self._end(device, manifest.update_id)
+        return self._counted(device, receipt)
+
+    def _counted(self, device: str, receipt: wire.Receipt) -> wire.Receipt:
         if receipt.status == "rejected":
             self.refused["update"] += 1
             self._conduct.note(device, MALFORMED_BYTES)

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from petalfl.codecs import parse_codec
 from petalfl.errors import WireError
@@ -30,6 +30,7 @@ from petalfl.model import Block
 from petalfl.payloads import parse_payload
 from petalfl.wire import BlockUpdate, Report
 
+from .rounds import Announced
 from .versions import StateError
 
 log = logging.getLogger("petalfl.server.journal")
@@ -42,7 +43,7 @@ CREATE TABLE IF NOT EXISTS updates (
     block TEXT NOT NULL, base_version INTEGER NOT NULL, num_examples INTEGER NOT NULL,
     delta INTEGER, num_bytes INTEGER NOT NULL, crc32 INTEGER NOT NULL, norm REAL NOT NULL,
     closed_in INTEGER, version INTEGER, codec TEXT NOT NULL DEFAULT 'f32',
-    UNIQUE (device, round_num, block));
+    sha256 TEXT NOT NULL DEFAULT '', UNIQUE (device, round_num, block));
 CREATE INDEX IF NOT EXISTS updates_unconsumed ON updates (delta) WHERE delta IS NOT NULL;
 CREATE INDEX IF NOT EXISTS updates_by_round ON updates (closed_in);
 CREATE TABLE IF NOT EXISTS reports (
@@ -54,10 +55,35 @@ CREATE INDEX IF NOT EXISTS reports_by_round ON reports (arrived_in);
 _SPARE = "spare"  # a segment that nothing points into
 _INSERT_UPDATE = """
 INSERT INTO updates (update_id, round_num, device, block, base_version, num_examples, delta,
-num_bytes, crc32, norm, codec) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+num_bytes, crc32, norm, codec, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _KEY, _POSITION = slice(1, 4), 6  # in such a row
 _INSERT_REPORT = "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+
+class Entry(NamedTuple):
+    """What the journal knows of an update.
+
+    Attributes:
+        sha256: Of its payload; empty in a row of a server that did not keep it.
+        closed_in: The round that has consumed it; None while it waits.
+        version: Of its block, which holds it; 0: it was dropped; None while it waits.
+    """
+
+    device: str
+    block: str
+    round_num: int
+    base_version: int
+    num_examples: int
+    sha256: str
+    closed_in: int | None = None
+    version: int | None = None
+
+    def is_of(self, device: str, update: Announced) -> bool:
+        """Whether this very update comes again, and not another under its id."""
+        return self.sha256 in ("", update.sha256) and self[:5] == (
+            device, update.block, update.round_num, update.base_version, update.num_examples
+        )  # fmt: skip
 
 
 class Journal:
@@ -124,7 +150,7 @@ class Journal:
         row: tuple[Any, ...] = (
             update.update_id, update.round_num, update.device, update.block, update.base_version,
             update.num_examples, self._end, len(data), zlib.crc32(data), encoded.norm,
-            encoded.codec,
+            encoded.codec, update.sha256,
         )  # fmt: skip
         self._sent.add(row[_KEY])
         self._updates[update.update_id] = row
@@ -164,19 +190,24 @@ class Journal:
 
     # Reading
 
-    def has(self, update_id: bytes) -> bool:
-        """Whether an update of whatever round was appended under this id."""
-        if update_id in self._updates:
-            return True
-        query = "SELECT 1 FROM updates WHERE update_id = ?"
-        return self._db.execute(query, (update_id,)).fetchone() is not None
+    def find(self, update_id: bytes) -> Entry | None:
+        """The update of whatever round that was appended under this id."""
+        if (row := self._updates.get(update_id)) is not None:
+            _, round_num, device, block, base_version, num_examples, *_, sha256 = row
+            return Entry(device, block, round_num, base_version, num_examples, sha256)
+        query = (
+            "SELECT device, block, round_num, base_version, num_examples, sha256, closed_in, "
+            "version FROM updates WHERE update_id = ?"
+        )
+        found = self._db.execute(query, (update_id,)).fetchone()
+        return None if found is None else Entry(*found)
 
     def _has_other(self, update: BlockUpdate) -> bool:
         key = (update.round_num, update.device, update.block)
-        if key in self._sent:
+        if key in self._sent or self.find(update.update_id) is not None:
             return True
         query = "SELECT 1 FROM updates WHERE round_num = ? AND device = ? AND block = ?"
-        return self.has(update.update_id) or self._db.execute(query, key).fetchone() is not None
+        return self._db.execute(query, key).fetchone() is not None
 
     def unconsumed(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The updates that no version holds yet, in order of arrival.
@@ -186,15 +217,16 @@ class Journal:
         """
         rows = self._db.execute(
             "SELECT codec, update_id, device, block, round_num, base_version, num_examples, delta, "
-            "num_bytes, crc32 FROM updates WHERE delta IS NOT NULL ORDER BY delta"
+            "num_bytes, crc32, sha256 FROM updates WHERE delta IS NOT NULL ORDER BY delta"
         )
-        for codec, update_id, device, block, round_num, base, count, *where in rows.fetchall():
+        for codec, update_id, device, block, *numbers, sha256 in rows.fetchall():
+            round_num, base, count, *where = numbers
             payload = read_delta(self._folder, *where)
             try:
                 encoded = parse_payload(parse_codec(codec), blocks[block], payload)
             except (ValueError, WireError) as error:
                 raise StateError(f"the journal {self._folder}: {error}") from error
-            yield BlockUpdate(update_id, device, block, round_num, base, count, encoded)
+            yield BlockUpdate(update_id, device, block, round_num, base, count, encoded, sha256)
 
     # How
 

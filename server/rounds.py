@@ -57,6 +57,14 @@ class Announced(Protocol):
     def base_version(self) -> int:
         """What its device has started from."""
 
+    @property
+    def num_examples(self) -> int:
+        """That it was trained on."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its payload."""
+
 
 class Round:
     """The assignments of a cohort, and what has come back.

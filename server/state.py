@@ -24,7 +24,7 @@ from petalfl.wire import BlockUpdate, Report
 
 from .database import open_database, transaction
 from .history import History
-from .journal import DATABASE, Journal
+from .journal import DATABASE, Entry, Journal
 from .optimizers import OptimizerState
 from .rounds import Assignment
 from .selection import Candidate
@@ -38,7 +38,7 @@ from .versions import (
     write_version,
 )
 
-__all__ = ["Closing", "NewVersion", "OpenRound", "ServerState", "StateError"]
+__all__ = ["Closing", "Entry", "NewVersion", "OpenRound", "ServerState", "StateError"]
 
 _NEWEST = """
 (SELECT device, MAX(round_num) AS round_num, blocks FROM tasks
@@ -283,9 +283,9 @@ class ServerState:
         """
         await self._journal.commit_on_thread()
 
-    def has_update(self, update_id: bytes) -> bool:
-        """Whether an update of whatever round was accepted under this id."""
-        return self._journal.has(update_id)
+    def find_update(self, update_id: bytes) -> Entry | None:
+        """The update of whatever round that was accepted under this id."""
+        return self._journal.find(update_id)
 
     def unconsumed_updates(self, blocks: Mapping[str, Block]) -> Iterator[BlockUpdate]:
         """The accepted updates that no step has consumed, in order of arrival."""

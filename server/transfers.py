@@ -102,6 +102,10 @@ class Transfers:
         """The transfer under way, if there is one."""
         return self._under_way.get((device, update_id))
 
+    def is_known(self, device: str, update_id: bytes) -> bool:
+        """Whether it has been announced, with or without room."""
+        return update_id in self._by_device.get(device, ())
+
     def is_waiting(self, device: str, update_id: bytes) -> bool:
         """Whether it has been announced and has no room yet."""
         return (device, update_id) in self._waiting

@@ -305,6 +305,7 @@ class BlockUpdate:
     base_version: int
     num_examples: int
     encoded: payloads.EncodedDelta
+    sha256: str  # of its payload, as announced; empty where that was not kept
 
     @property
     def delta(self) -> Vector:
@@ -346,6 +347,7 @@ def decode_payload(
         manifest.base_version,
         manifest.num_examples,
         encoded,
+        manifest.sha256,
     )
 
 

@@ -164,10 +164,16 @@ def make_update(
 ) -> wire.BlockUpdate:
     vector = np.broadcast_to(np.asarray(delta, np.float32), SIZES[block])
     known = update_id or make_id(device, block, round_num)
-    return wire.BlockUpdate(
+    return with_digest(
         known, device, block, round_num, base_version, num_examples,
         plain_delta(np.ascontiguousarray(vector)),
     )  # fmt: skip
+
+
+def with_digest(*fields: Any) -> wire.BlockUpdate:
+    """An update of those fields and the digest of its payload, which is the last of them."""
+    complete = (*fields, hashlib.sha256(fields[-1].payload).hexdigest())
+    return wire.BlockUpdate(*complete)
 
 
 def make_report(
@@ -260,6 +266,9 @@ class FakeJudge:
         self.offline.append(device)
 
     def on_manifest(self, device: str, manifest: wire.UpdateManifest) -> wire.Receipt | None:
+        return None
+
+    def on_question(self, device: str, update_id: bytes) -> wire.Receipt | None:
         return None
 
     def on_update(self, update: wire.BlockUpdate) -> wire.Receipt:

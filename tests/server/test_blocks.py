@@ -26,6 +26,7 @@ from tests.server.builders import (
     make_id,
     make_report,
     settle,
+    with_digest,
 )
 
 LAYOUT: Layout = {
@@ -50,7 +51,7 @@ def block_update(
 ) -> wire.BlockUpdate:
     vector = np.full(manifest.block(block).size, delta, np.float32)
     update_id = make_id(device, block, round_num)
-    return wire.BlockUpdate(update_id, device, block, round_num, version, 1, plain_delta(vector))
+    return with_digest(update_id, device, block, round_num, version, 1, plain_delta(vector))
 
 
 async def finish_round(run: Run, round_num: int, delta: float) -> None:

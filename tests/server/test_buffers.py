@@ -14,7 +14,7 @@ from server.aggregators import AGGREGATORS, parse_aggregator
 from server.buffers import Buffer
 from server.reducer import choose, use
 from server.reducer.weighted_sum import WeightedSum
-from tests.server.builders import BLOCKS, make_block, make_id, make_update
+from tests.server.builders import BLOCKS, make_block, make_id, make_update, with_digest
 
 TEXTS = {"trimmed-mean": "trimmed-mean:0.3", "krum": "krum:1", "multi-krum": "multi-krum:1"}
 # Float64 sums of these depend on their order, and so does a tie between equals.
@@ -82,7 +82,7 @@ def test_a_device_that_sent_twice_beside_others(backend: str, rule: str) -> None
         buffer = Buffer(block, parse_aggregator(rule))
         for number, device in enumerate(["a", "a", "b", "c"]):
             encoded = parse_payload(parse_codec("f32"), block, payload)
-            buffer.add(BlockUpdate(make_id(number), device, "norm", 1, 1, 1, encoded), 1.0)
+            buffer.add(with_digest(make_id(number), device, "norm", 1, 1, 1, encoded), 1.0)
         found = buffer.result().delta
     assert found is not None
     np.testing.assert_allclose(found, 1.0, rtol=1e-6)

@@ -33,6 +33,7 @@ from tests.server.builders import (
     make_update,
     messages_of,
     settle,
+    with_digest,
 )
 
 LAST_BYTES = 5000
@@ -46,7 +47,7 @@ DEVICE = "watch"
 
 def make_big(seed: int = 0) -> wire.BlockUpdate:
     delta = np.random.default_rng(seed).normal(size=BIG).astype(np.float32)
-    return wire.BlockUpdate(make_id("big", seed), DEVICE, "big", 1, 1, 12, plain_delta(delta))
+    return with_digest(make_id("big", seed), DEVICE, "big", 1, 1, 12, plain_delta(delta))
 
 
 UPDATE = make_big()
@@ -305,7 +306,7 @@ async def test_an_update_in_every_codec(gate: Gate, codec: str) -> None:
     await gate.send("head", manifest, chunk, wire.Fin(HEAD.update_id))
     [found] = gate.judge.updates
     np.testing.assert_array_equal(found.delta, parse_codec(codec).decode(payload, 8))
-    assert replace(found, encoded=HEAD.encoded) == HEAD
+    assert replace(found, encoded=HEAD.encoded, sha256=HEAD.sha256) == HEAD
     assert gate.receipts == [wire.Receipt(HEAD.update_id, "accepted")]
 
 

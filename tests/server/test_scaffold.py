@@ -34,6 +34,7 @@ from tests.server.builders import (
     make_report,
     messages_of,
     settle,
+    with_digest,
 )
 
 STATISTICS: dict[str, tuple[int, ...]] = {"bn.running_mean": (3,)}
@@ -47,7 +48,7 @@ def draw(device: str, size: int, round_num: int = 1) -> Vector:
 def update_of(device: str, block: str, num_examples: int, round_num: int = 1) -> wire.BlockUpdate:
     """Both changes drawn: of the block and of its control variate."""
     delta = encoded(with_sum(BLOCKS[block]), draw(device, 2 * SIZES[block], round_num))
-    return wire.BlockUpdate(
+    return with_digest(
         make_id(device, block, round_num), device, block, round_num, round_num, num_examples, delta
     )
 
@@ -121,7 +122,7 @@ async def test_sums_add_up_over_rounds_and_restarts(tmp_path: Path, optimizer: s
     changes: Any = {"ready": cohort, "min_devices": 2, "server_optimizer": optimizer}
     for round_num, holders in enumerate((cohort, ["watch"], ["phone"], cohort), 1):
         with site.run(has_scaffold=True, **changes) as run:
-            early = update_of(holders[0], "head", 1, round_num)
+            early = update_of(holders[0], "head", 1 + len(holders[0]), round_num)
             assert run.federation.on_update(early).status == "accepted"
             await run.federation.commit()
         with site.run(has_scaffold=True, **changes) as run:

@@ -381,20 +381,26 @@ def test_a_device_s_record_reads_back(state: ServerState) -> None:
     }  # fmt: skip
 
 
-def test_a_folder_of_the_format_before_goes_on(folder: Path) -> None:
-    """Its journal has deltas as float32, and says so nowhere."""
+@pytest.mark.parametrize(("version", "lacking"), [(2, ("codec", "sha256")), (3, ("sha256",))])
+def test_a_folder_of_a_format_before_goes_on(
+    folder: Path, version: int, lacking: tuple[str, ...]
+) -> None:
+    """Its journal has deltas as float32, and says so nowhere, or no digests."""
     state = ServerState(folder)
     state.open_round(1, COHORT, NOW_S)
     state.journal_update(UPDATES[0])
     state.close()
     with sqlite3.connect(folder / "state.sqlite") as other:
-        other.execute("ALTER TABLE updates DROP COLUMN codec")
-        other.execute("PRAGMA user_version=2")
+        for column in lacking:
+            other.execute(f"ALTER TABLE updates DROP COLUMN {column}")
+        other.execute(f"PRAGMA user_version={version}")
     other.close()
     for _ in range(2):
         state = ServerState(folder)
         [found] = state.unconsumed_updates(BLOCKS)
-        assert same(found, UPDATES[0])
+        assert same(found, UPDATES[0]) and not found.sha256
+        entry = state.find_update(UPDATES[0].update_id)
+        assert entry is not None and entry.is_of(UPDATES[0].device, UPDATES[0])
         state.close()
 
 
@@ -404,7 +410,7 @@ def test_a_folder_of_another_format_is_refused(folder: Path) -> None:
         other.execute("PRAGMA user_version=1")
     other.close()
     for _ in range(2):  # and its lock is free again
-        with pytest.raises(StateError, match="has format 1, this server reads 3"):
+        with pytest.raises(StateError, match="has format 1, this server reads 4"):
             ServerState(folder)
 
 
