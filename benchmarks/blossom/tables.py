@@ -185,8 +185,8 @@ def codecs_table(lines: Iterable[Line]) -> str:
             by_codec = families.setdefault(json.dumps(rest), {})
             by_codec.setdefault(line["cell"]["codec"], {})[line["cell"]["seed"]] = line
     rows = []
-    for rest, by_codec in families.items():
-        cell, plain = json.loads(rest), by_codec.get("f32", {})
+    for family, by_codec in families.items():
+        cell, plain = json.loads(family), by_codec.get("f32", {})
         metric = DATASETS[cell["dataset"]].metric
         common = sorted(plain.keys() & set().union(*(b for c, b in by_codec.items() if c != "f32")))
         for codec, by_seed in by_codec.items() if common else ():
