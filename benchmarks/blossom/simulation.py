@@ -107,7 +107,7 @@ class Device:
         self.trainer = Trainer(
             self._store, callbacks, Pacing(), Budgets(), num_threads=1, engine="auto"
         )
-        self.trainer.hold_data(train.inputs, train.labels)
+        self.trainer.data.hold(train.inputs, train.labels)
         self.trainer.check_data()
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from petalfl import topics
+from petalfl.app_data import Data
 from petalfl.backoff import delays
 from petalfl.budgets import Budgets
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
@@ -32,7 +33,7 @@ from petalfl.source import NotThereError
 from petalfl.store import DeviceStore
 from petalfl.threads import Threads
 from petalfl.tls import Tls
-from petalfl.trainer import Data, Trainer
+from petalfl.trainer import Trainer
 from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
@@ -136,7 +137,7 @@ class EdgeClient:
         except (StoreError, ValueError):
             self._store.close()
             raise
-        self._trainer.hold_data(data, labels)
+        self._trainer.data.hold(data, labels)
         self._thread: threading.Thread | None = None
         self._has_begun, self._has_ended = threading.Event(), threading.Event()
         self._lifecycle = threading.Lock()
@@ -196,9 +197,9 @@ class EdgeClient:
 
     async def _until_examples(self) -> None:
         """An example store may have none with labels yet: without, there is nothing to train."""
-        if self._trainer.lacks_examples:
+        if self._trainer.data.lacks_examples:
             log.info("%s waits for examples with labels", self.device)
-        while self._trainer.lacks_examples:
+        while self._trainer.data.lacks_examples:
             await self._threads.call(self._pacing.rest, POLL_S)
 
     async def _take_part(self) -> None:
@@ -291,7 +292,7 @@ class EdgeClient:
                 running client does not hold. Nothing changes.
         """
         if self._loop is None:
-            self._trainer.hold_data(data, labels)
+            self._trainer.data.hold(data, labels)
         else:
             self._trainer.replace_data(data, labels)
             self._tell(Participation.announce_changes)
@@ -368,19 +369,18 @@ class EdgeClient:
 
     def _enter(self) -> Session:
         log.info("%s trains on %s", self._device, find_runtime(self._engine))  # before it enrolls
-        trainer = self._trainer
+        trainer, modalities = self._trainer, self._trainer.data.modalities
         if trainer.identity is None:
             self._store.check_room()  # a device enrolls once
-            trainer.identity = self._downlink.enroll(self._token, self._device, trainer.modalities)
+            trainer.identity = self._downlink.enroll(self._token, self._device, modalities)
         self._downlink.log_in(trainer.identity)
-        if trainer.modalities:
-            self._downlink.add_modalities(trainer.modalities)
+        if modalities:
+            self._downlink.add_modalities(modalities)
         return self._downlink.get_session()
 
     def _get_ready(self) -> None:
-        trainer = self._trainer
+        trainer, data = self._trainer, self._trainer.data
         assert trainer.identity is not None
-        private_blocks = trainer.identity.private_blocks
-        self._downlink.fetch_model(trainer.modalities, trainer.tasks, private_blocks)
+        self._downlink.fetch_model(data.modalities, data.tasks, trainer.identity.private_blocks)
         trainer.reload_model()
         trainer.check_data()

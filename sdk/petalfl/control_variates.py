@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.model import Block, ModelManifest, Parameter
-from petalfl.vectors import Vector
+from petalfl.vectors import Vector, from_bytes
 
 SUM_NAME = "optimizer.control-variates"  # on the server's disk it lies among its optimizer's state
 
@@ -46,6 +46,18 @@ def with_sums(manifest: ModelManifest) -> ModelManifest:
     """The model as it travels: `with_sum` of every block that trains."""
     blocks = (block if block.is_frozen else with_sum(block) for block in manifest.blocks)
     return replace(manifest, blocks=tuple(blocks))
+
+
+def own_control(block: Block, controls: Mapping[str, bytes]) -> Vector:
+    """A device's own control variate of a shared block; zeros before the first.
+
+    Args:
+        controls: By block, as in `petalfl.store.State`.
+    """
+    kept = controls.get(block.name)
+    if kept is None or len(kept) != 4 * block.num_trainable:  # of a model before this one
+        return np.zeros(block.num_trainable, np.float32)
+    return from_bytes(kept, block.num_trainable)
 
 
 def correction(total: Vector, num_holders: int, own: Vector) -> Vector:

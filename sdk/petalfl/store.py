@@ -25,7 +25,7 @@ import msgpack
 
 from petalfl.errors import ModelError, StoreError
 from petalfl.files import sha256_of, write_atomic
-from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, ModelManifest
+from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, Block, ModelManifest
 from petalfl.partials import Partials
 from petalfl.schema import Limit, Name, Pattern, plain, read
 from petalfl.sealed import HEADER_BYTES, DamagedError, Seal
@@ -58,6 +58,10 @@ class Identity:
     password: Annotated[str, Pattern(r"[!-~]{16,256}")]
     private_blocks: Annotated[tuple[Name, ...], Limit(0, 128)]
     private_tensors: Annotated[tuple[_TensorName, ...], Limit(0, 4096)] = ()
+
+    def shares(self, block: Block) -> bool:
+        """Whether the block's deltas may leave this device."""
+        return not block.is_frozen and block.name not in self.private_blocks
 
 
 @dataclass(frozen=True, slots=True)

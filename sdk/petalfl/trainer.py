@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from petalfl import wire
 from petalfl.adoption import adopt
+from petalfl.app_data import AppData, Data
 from petalfl.backoff import delays
 from petalfl.budgets import Budgets, fit_memory
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
 from petalfl.codecs import KINDS, parse_codec
-from petalfl.control_variates import correction, with_sum
+from petalfl.control_variates import correction, own_control, with_sum
 from petalfl.data import Labels
 from petalfl.errors import DataError, PetalError, StoreError, WireError
-from petalfl.examples import ExampleStore
-from petalfl.local_data import (
-    ArrayData,
-    Example,
-    ExampleError,
-    LocalData,
-    SequenceData,
-    read_example,
-)
+from petalfl.local_data import ExampleError, LocalData
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
 from petalfl.pacing import Pacing
 from petalfl.payloads import max_payload_bytes
-from petalfl.private_tensors import check_tensors, private_values, put_back, withhold
+from petalfl.private_tensors import check_tensors, put_back, withhold
 from petalfl.runtime import EngineName
-from petalfl.store import DeviceStore, Outgoing, Residual, Shared, State
-from petalfl.training import TrainingResult, train
-from petalfl.updates import make_update
+from petalfl.store import DeviceStore, Outgoing, Shared, State
+from petalfl.trained_round import TrainedRound
+from petalfl.training import train
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
-Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore | Sequence[Example]
 BACKOFF_S = (0.5, 30.0)  # between writes to a disk that is full
 
 
@@ -58,7 +47,7 @@ class Trainer:
     Attributes:
         identity: None before the first enrollment.
         state: As the store has it.
-        local: What the next round trains on.
+        data: What the app has given to train on.
 
     Raises:
         StoreError: The store is damaged.
@@ -75,13 +64,10 @@ class Trainer:
     ) -> None:
         self.identity = store.read_identity()
         self.state = store.read_state()
-        self.local: LocalData = ArrayData({}, {})
+        self.data = AppData()
         self._store = store
         self._callbacks, self._pacing, self._budgets = callbacks, pacing, budgets
         self._num_threads, self._engine = num_threads, engine
-        self._data: Data | None = None
-        self._labels: Labels | None = None
-        self._data_lock = threading.Lock()
         self._model: LocalModel | None = None
         self._model_lock = threading.Lock()
         self._moved: PetalError | None = None  # to tell the app of
@@ -90,93 +76,21 @@ class Trainer:
     # The data
 
     @property
-    def modalities(self) -> list[str]:
-        """Of the data, whether or not it has been checked."""
-        data = self._data if self._data is not None else {}
-        if isinstance(data, ExampleStore):
-            return sorted(data.modalities)
-        return sorted(data if isinstance(data, Mapping) else read_example(data, 0)[0])
-
-    @property
-    def lacks_examples(self) -> bool:
-        """Whether there may be examples to train on only later."""
-        return isinstance(self._data, ExampleStore) and not self._data.num_labeled
-
-    @property
-    def tasks(self) -> list[str] | None:
-        """That there are labels of; None: of all, or one cannot know yet."""
-        labels, data = self._labels, self._data
-        if data is not None and not isinstance(data, (Mapping, ExampleStore)):
-            labels = read_example(data, 0)[1]
-        return sorted(labels) if isinstance(labels, Mapping) else None
-
-    @property
     def ready(self) -> wire.Ready:
         """What the server is told that this device can train."""
-        local = self.local
+        local = self.data.local
         return wire.Ready(tuple(sorted(local.modalities)), tuple(sorted(local.tasks)), KINDS)
 
-    def hold_data(self, data: Data | None, labels: Labels | None) -> None:
-        """Takes data that is checked once there is a model, by `check_data`."""
-        with self._data_lock:
-            self._data, self._labels = data, labels
-
     def check_data(self) -> None:
-        """Makes the data the one to train on.
-
-        Raises:
-            DataError: It does not fit the model.
-        """
-        while True:
-            data, labels = self._data, self._labels
-            local = self._checked(data, labels)
-            with self._data_lock:
-                if self._data is data and self._labels is labels:  # or other data has come
-                    self.local = local
-                    return
+        """Makes the app's data the one to train on; errors as `AppData.check`."""
+        self.data.check(self.model)
 
     def replace_data(self, data: Data, labels: Labels | None) -> None:
         """Takes other data from the next round on; errors as `EdgeClient.set_data`."""
-        if not self.has_model:  # on its way, and then the data is checked
-            self.hold_data(data, labels)
-            return
-        local = self._checked(data, labels)
-        model = self.model
-        needed = model.manifest.blocks_for(local.modalities, local.tasks)
-        if lacking := {b.name for b in needed} - {b.name for b in model.held}:
-            raise DataError(
-                f"this device does not hold {', '.join(sorted(lacking))}; stop the client, "
-                f"set the data and run it again"
-            )
-        with self._data_lock:
-            self.local = local
-            self._data, self._labels = data, labels
-
-    def _checked(self, data: Data | None, labels: Labels | None) -> LocalData:
-        if isinstance(data, ExampleStore):
-            if labels is not None:
-                raise DataError("the example store has its own labels: give none beside it")
-            model = self.model
-            held = {model.manifest.modality_of(b) for b in model.held if b.kind == "encoder"}
-            names = held & set(data.modalities)  # what comes to the store later waits for a restart
-            data, labels, _ = data.snapshot(names or None, check=self._fitting)
-        if data is None or isinstance(data, Mapping):
-            return self._fitting(data or {}, labels)
-        if labels is not None:
-            raise DataError("the sequence's examples have labels of their own: give none beside it")
-        return SequenceData(self.model.manifest, data)
-
-    def _fitting(self, inputs: Mapping[str, ArrayLike], labels: Labels | None) -> ArrayData:
-        return ArrayData.checked(self.model.manifest, inputs, labels)
-
-    def _refreshed(self) -> LocalData:
-        """What to train on now: of an example store, what has labels by now."""
-        if isinstance(data := self._data, ExampleStore):
-            local = self._checked(data, None)
-            with self._data_lock:
-                if self._data is data:  # or other data has come meanwhile
-                    self.local = local
-        return self.local
+        if self.has_model:
+            self.data.replace(self.model, data, labels)
+        else:  # on its way, and then the data is checked
+            self.data.hold(data, labels)
 
     # The model
 
@@ -207,9 +121,7 @@ class Trainer:
 
     def is_shared(self, block: Block) -> bool:
         """Whether the block's deltas may leave this device."""
-        if self.identity is None or block.is_frozen:
-            return False
-        return block.name not in self.identity.private_blocks
+        return self.identity is not None and self.identity.shares(block)
 
     def check_blocks(self, task: wire.Task | wire.Finish) -> None:
         """Refuses what the server may not ask for.
@@ -329,20 +241,14 @@ class Trainer:
         own = {n: from_bytes(v, len(v) // 4) for n, v in self.state.private_tensors.items()}
         return put_back(block, own, vector)
 
-    def _control(self, block: Block) -> Vector:
-        """The device's own control variate of a shared block; zeros before the first."""
-        kept = self.state.controls.get(block.name)
-        if kept is None or len(kept) != 4 * block.num_trainable:  # of a model before this one
-            return np.zeros(block.num_trainable, np.float32)
-        return from_bytes(kept, block.num_trainable)
-
     def _corrections(self, task: wire.Task) -> dict[str, Vector]:
         """By block with control variates."""
         assert self.identity is not None
         found = {}
         for name, num_holders in (task.num_holders or {}).items():
             block = self.model.manifest.block(name)
-            towards = correction(self._sums[name], num_holders, self._control(block))
+            own = own_control(block, self.state.controls)
+            towards = correction(self._sums[name], num_holders, own)
             found[name] = withhold(block, self.identity.private_tensors, towards)
         return found
 
@@ -363,7 +269,7 @@ class Trainer:
         self._callbacks.on_round(RoundInfo(task.round_num, task.num_rounds))
         model = self.model
         try:
-            data = self._asked(self._refreshed(), task)
+            data = self._asked(self.data.refresh(model), task)
         except (DataError, StoreError) as error:  # later examples may do
             return self._left_out(task, error)
         held = model.manifest.blocks_for(data.modalities, data.tasks)
@@ -389,7 +295,8 @@ class Trainer:
             reason = f"the {self._budgets.seconds:g} s of its budget were over too soon"
             return self._left_out(task, DataError(reason))
         seconds = time.monotonic() - started_s
-        self._keep(self._state_after(task, held, before, result, rng))
+        trained = TrainedRound(self.identity, self.state, task, before, result)
+        self._keep(trained.state_after(held, rng))
         self._replace_parameters(result.parameters)
         metrics = RoundMetrics(
             task.round_num, result.loss, result.num_examples, result.num_steps, seconds,
@@ -416,77 +323,6 @@ class Trainer:
             names = ", ".join(b.name for b in unasked)
             raise DataError(f"the task lacks {names}, without which there is nothing to train")
         return local.only(kept, tasks_kept) if unasked else local
-
-    def _state_after(
-        self,
-        task: wire.Task,
-        held: tuple[Block, ...],
-        before: Mapping[str, Vector],
-        result: TrainingResult,
-        rng: np.random.Generator,
-    ) -> State:
-        uploads = task.blocks if task.uploads is None else task.uploads
-        outbox, residuals, controls = [], dict(self.state.residuals), {}
-        for block in held:
-            if block.name in uploads:
-                if task.num_holders is not None:
-                    controls[block.name] = to_bytes(self._next_control(block, result))
-                update, left = self.make_update(block, task, result, before[block.name], rng)
-                outbox.append(update)
-                residuals.pop(block.name, None)
-                residuals |= {} if left is None else {block.name: left}
-        report = wire.Report(
-            secrets.token_bytes(16), task.round_num, result.num_examples, result.loss
-        )
-        outbox.append(Outgoing(wire.encode(report), b""))
-        private = {
-            block.name: to_bytes(result.parameters[block.name])
-            for block in held
-            if not (block.is_frozen or self.is_shared(block))
-        }
-        names = self.identity.private_tensors if self.identity else ()
-        own = {
-            name: to_bytes(values)
-            for block in held
-            for name, values in private_values(block, names, result.parameters[block.name]).items()
-        }
-        return State(
-            task.round_num, self.state.private | private, tuple(outbox), residuals,
-            self.state.private_tensors | own, self.state.layout, self.state.controls, controls,
-        )  # fmt: skip
-
-    def _next_control(self, block: Block, result: TrainingResult) -> Vector:
-        assert self.identity is not None
-        mean = result.mean_gradients.get(block.name)
-        if mean is None:
-            return self._control(block)
-        return withhold(block, self.identity.private_tensors, mean)
-
-    def make_update(
-        self,
-        block: Block,
-        task: wire.Task,
-        result: TrainingResult,
-        before: Vector,
-        rng: np.random.Generator,
-    ) -> tuple[Outgoing, Residual | None]:
-        """The one place where a block becomes something to send; refuses all but shared ones."""
-        if self.identity is None or not self.is_shared(block):
-            raise ValueError(f"block {block.name} is not shared: it cannot become an update")
-        delta = result.parameters[block.name] - before
-        if task.num_holders is not None:
-            change = self._next_control(block, result) - self._control(block)
-            delta = np.concatenate([delta, change])
-        kept = self.state.residuals.get(block.name)
-        return make_update(
-            self.travelling(block.name, task),
-            task,
-            result.num_examples,
-            delta,
-            kept,
-            rng,
-            self.identity.private_tensors,
-        )
 
     def _keep(self, state: State) -> None:
         """Writes the state; while the disk has no room for it, tries again, and nothing is sent."""

@@ -16,8 +16,7 @@ import pytest
 from petalfl import EdgeClient, wire
 from petalfl.model import Block, ModelManifest
 from petalfl.store import DeviceStore, Outgoing
-from petalfl.trainer import Trainer
-from petalfl.training import TrainingResult
+from petalfl.trained_round import TrainedRound
 from petalfl.vectors import Vector, from_bytes
 from tests.integration.harness import Server, running_server, take_part
 from tests.integration.test_async import examples
@@ -42,24 +41,22 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    seen, make_update = Seen(), Trainer.make_update
+    seen, make_update = Seen(), TrainedRound.make_update
 
-    def spy(
-        self: Trainer, block: Block, task: wire.Task, result: TrainingResult, before: Vector,
-        rng: np.random.Generator,
-    ) -> tuple[Outgoing, Any]:  # fmt: skip
+    def spy(self: TrainedRound, block: Block, rng: np.random.Generator) -> tuple[Outgoing, Any]:
         assert self.identity is not None
-        outgoing, residual = make_update(self, block, task, result, before, rng)
+        outgoing, residual = make_update(self, block, rng)
         manifest = wire.decode(outgoing.message)
         assert isinstance(manifest, wire.UpdateManifest)
         decoded = wire.decode_payload(manifest, outgoing.payload, self.identity.device, block)
         key = (self.identity.device, block.name)
-        seen.trained[key].append(result.parameters[block.name] - before)
+        moved = self.result.parameters[block.name] - self.before[block.name]
+        seen.trained[key].append(moved)
         seen.sent[key].append(decoded.delta)
         seen.manifests.append(manifest)
         return outgoing, residual
 
-    monkeypatch.setattr(Trainer, "make_update", spy)
+    monkeypatch.setattr(TrainedRound, "make_update", spy)
     yield seen
 
 

@@ -26,7 +26,7 @@ from petalfl.model import ModelManifest
 from petalfl.schema import plain
 from petalfl.store import Outgoing
 from petalfl.tls import Tls
-from petalfl.trainer import Trainer
+from petalfl.trained_round import TrainedRound
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import UpdateManifest, decode
@@ -260,9 +260,9 @@ def federation(
     tls = ("--tls-cert", str(issued.certificate), "--tls-key", str(issued.key))
     folder = tmp_path_factory.mktemp("node")
     deltas: dict[bytes, Vector] = {}
-    make_update = Trainer.make_update
+    make_update = TrainedRound.make_update
 
-    def spy(self: Trainer, *arguments: Any) -> tuple[Outgoing, Any]:
+    def spy(self: TrainedRound, *arguments: Any) -> tuple[Outgoing, Any]:
         outgoing, residual = make_update(self, *arguments)
         message = decode(outgoing.message)
         assert isinstance(message, UpdateManifest)
@@ -272,7 +272,7 @@ def federation(
     *others, member = three_devices()
     assert member.name == NODE_DEVICE
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(Trainer, "make_update", spy)
+        patch.setattr(TrainedRound, "make_update", spy)
         server = stack.enter_context(
             running_server(
                 watch_artifacts, folder / "server", "--rounds", "3", *SCHEME, *tls,

@@ -24,6 +24,7 @@ from petalfl.model import ModelManifest
 from petalfl.mqtt import MqttTransport
 from petalfl.participation import Participation
 from petalfl.store import DeviceStore
+from petalfl.trained_round import TrainedRound
 from petalfl.training import Hyperparameters, TrainingResult
 from petalfl.transport import Handler, MemoryBroker, Transport
 from petalfl.vectors import Vector, to_bytes
@@ -328,7 +329,7 @@ def test_no_update_can_be_made_of_a_private_block(
     with pytest.raises(
         ValueError, match=f"block {block} is not shared: it cannot become an update"
     ):
-        acc_only._trainer.make_update(run.manifest.block(block), task, result, vector, RNG)
+        round_of(acc_only, task, result, vector).make_update(run.manifest.block(block), RNG)
 
 
 def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -> None:
@@ -337,8 +338,19 @@ def test_an_unenrolled_device_makes_no_update_at_all(run: Run, tmp_path: Path) -
     result = TrainingResult({"encoder-acc": vector}, 21, (0.5,))
     task = wire.Task(3, 0, hyperparameters(), 0, {"encoder-acc": wire.BlockVersion(1, "0" * 64)})
     client = EdgeClient(run.server.url, store=tmp_path)
+    block = run.manifest.block("encoder-acc")
     with client, pytest.raises(ValueError, match="is not shared"):
-        client._trainer.make_update(run.manifest.block("encoder-acc"), task, result, vector, RNG)
+        round_of(client, task, result, vector).make_update(block, RNG)
+
+
+def round_of(
+    client: EdgeClient, task: wire.Task, result: TrainingResult, before: Vector
+) -> TrainedRound:
+    """Of a round that began with one vector for every block."""
+    trainer = client._trainer
+    return TrainedRound(
+        trainer.identity, trainer.state, task, dict.fromkeys(result.parameters, before), result
+    )
 
 
 def meet_server(

@@ -16,7 +16,7 @@ from examples.android_sim.data import devices
 from petalfl import DataError, EdgeClient
 from petalfl.model import ModelManifest
 from petalfl.store import DeviceStore, Outgoing
-from petalfl.trainer import Trainer
+from petalfl.trained_round import TrainedRound
 from petalfl.vectors import Vector, from_bytes
 from petalfl.wire import UpdateManifest, decode
 from tests.integration.harness import (
@@ -71,9 +71,9 @@ def federation(
     folder = tmp_path_factory.mktemp("federation")
     manifest = ModelManifest.load(watch_artifacts)
     deltas: dict[bytes, Vector] = {}
-    make_update = Trainer.make_update
+    make_update = TrainedRound.make_update
 
-    def spy(self: Trainer, *arguments: Any) -> tuple[Outgoing, Any]:
+    def spy(self: TrainedRound, *arguments: Any) -> tuple[Outgoing, Any]:
         outgoing, residual = make_update(self, *arguments)
         message = decode(outgoing.message)
         assert isinstance(message, UpdateManifest)
@@ -83,7 +83,7 @@ def federation(
 
     members = three_devices()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(Trainer, "make_update", spy)
+        patch.setattr(TrainedRound, "make_update", spy)
         server = stack.enter_context(
             running_server(watch_artifacts, folder / "server", "--rounds", "3", *SCHEME)
         )

@@ -19,6 +19,7 @@ from petalfl.engine import OrtEngine
 from petalfl.local_data import ArrayData
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.store import DeviceStore
+from petalfl.trained_round import TrainedRound
 from petalfl.trainer import _number
 from petalfl.training import Hyperparameters, TrainingResult, train
 from petalfl.vectors import Vector, from_bytes
@@ -195,7 +196,9 @@ def test_a_frozen_block_cannot_become_an_update(federation: Federation) -> None:
             client._trainer.check_blocks(task)
         with pytest.raises(ValueError, match=f"block {FROZEN} is not shared"):
             result = TrainingResult({FROZEN: vector}, 1, (0.0,))
-            client._trainer.make_update(block, task, result, vector, np.random.default_rng(0))
+            trainer = client._trainer
+            trained = TrainedRound(trainer.identity, trainer.state, task, {FROZEN: vector}, result)
+            trained.make_update(block, np.random.default_rng(0))
 
 
 def test_a_private_head_of_several(several_artifacts: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_modality_that_goes_and_comes_back(
     held: list[tuple[str, ...]] = []
 
     def change(metrics: RoundMetrics) -> None:
-        held.append(tuple(client._trainer.local.modalities))
+        held.append(tuple(client._trainer.data.local.modalities))
         if metrics.round_num in steps:
             client.set_data(steps[metrics.round_num], LABELS)
 
@@ -94,10 +94,10 @@ def test_data_that_does_not_fit_changes_nothing(idle: Server, make: Make) -> Non
             client.set_data({"a": A, "b": B}, LABELS)
         with pytest.raises(DataError, match="modality a: found shape"):
             client.set_data({"a": B}, LABELS)
-        assert client._trainer.local.modalities == ("a",)
+        assert client._trainer.data.local.modalities == ("a",)
     client.set_data({"a": A[:7]}, LABELS[:7])  # it is looked at when it runs
     with running(client):
-        until(lambda: len(client._trainer.local) == 7, "its data")
+        until(lambda: len(client._trainer.data.local) == 7, "its data")
 
 
 # Examples that grow, a store that is encrypted

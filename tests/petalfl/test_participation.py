@@ -21,9 +21,9 @@ from petalfl import (
     TransportError,
     wire,
 )
+from petalfl.app_data import AppData
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
-from petalfl.local_data import ArrayData
 from petalfl.mqtt import MqttTransport
 from petalfl.participation import Participation
 from petalfl.source import NotThereError
@@ -207,7 +207,7 @@ class Idler(Trainer):
 
     def __init__(self, round_num: int) -> None:
         self.state = State(round_num)
-        self.local = ArrayData({}, {})
+        self.data = AppData()
         self.trained: list[int] = []
 
     def check_blocks(self, task: wire.Task | wire.Finish) -> None:
