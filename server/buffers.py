@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from petalfl.vectors import Vector
 from petalfl.wire import BlockUpdate
 
 from .aggregators import Aggregator
+
+Keep: TypeAlias = Callable[[EncodedDelta], EncodedDelta]  # the same delta, held elsewhere
 
 
 class BlockResult(NamedTuple):
@@ -47,12 +51,19 @@ class Buffer:
     Args:
         is_ordered: Keeps the updates, and takes them by device: the result has the same bits in
             whatever order they arrived.
+        keep: Where deltas go that must wait for `result`, the aggregator's or the ordered ones.
     """
 
     def __init__(
-        self, block: Block, aggregator: Aggregator[Any], *, is_ordered: bool = False
+        self,
+        block: Block,
+        aggregator: Aggregator[Any],
+        *,
+        is_ordered: bool = False,
+        keep: Keep = lambda delta: delta,
     ) -> None:
         self._is_ordered = is_ordered
+        self._keep = keep
         self._kept: list[tuple[BlockUpdate, float]] = []
         self._block = block
         self._aggregator = aggregator
@@ -72,13 +83,15 @@ class Buffer:
 
     def add(self, update: BlockUpdate, weight: float) -> None:
         """Counts an update; that it is counted once is for the caller to see to."""
+        delta = update.encoded
         if self._is_ordered:
-            self._kept.append((update, weight))
+            self._kept.append((replace(update, encoded=self._keep(delta)), weight))
         elif self._aggregator.has_votes:
-            vote = self._votes.get(update.device)
-            self._votes[update.device] = _merged(vote, update.encoded, weight)
+            vote = _merged(self._votes.get(update.device), delta, weight)
+            self._votes[update.device] = vote._replace(delta=self._keep(vote.delta))
         else:
-            self._state = self._aggregator.accumulate(self._state, update.encoded, weight)
+            delta = self._keep(delta) if self._aggregator.keeps_deltas else delta
+            self._state = self._aggregator.accumulate(self._state, delta, weight)
         self._holders.add(update.device)
         self._num_examples += update.num_examples
         self._update_ids.append(update.update_id)
@@ -101,7 +114,7 @@ class Buffer:
         )
 
     def _result_in_order(self) -> BlockResult:
-        ordered = Buffer(self._block, self._aggregator)
+        ordered = Buffer(self._block, self._aggregator, keep=self._keep)
         for update, weight in sorted(
             self._kept, key=lambda one: (one[0].device, one[0].round_num, one[0].update_id)
         ):

@@ -50,4 +50,4 @@ def summed(rule: Aggregator[Any]) -> Aggregator[Summed]:
             return None
         return np.concatenate([found, state.total.astype(np.float32)])
 
-    return Aggregator(init, accumulate, finalize, rule.quorum, rule.has_votes)
+    return replace(rule, init=init, accumulate=accumulate, finalize=finalize)

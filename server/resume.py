@@ -10,6 +10,7 @@ from .aggregators import Aggregator
 from .config import Config, ConfigError
 from .rounds import Round
 from .shared_blocks import SharedBlocks
+from .spill import Spill
 from .state import ServerState
 from .weighting import parse_weighting
 
@@ -45,6 +46,7 @@ def round_from_journal(
         max_staleness=config.max_staleness if config.is_async else 0,
         max_norm=config.max_update_norm,
         is_deterministic=config.is_deterministic,
+        new_keep=lambda: Spill(state.folder).keep,
     )  # fmt: skip
     for device, assignment in state.newest_tasks(since).items():
         found.assign(device, assignment, deadline_s)

@@ -14,7 +14,7 @@ from petalfl.model import Block
 from petalfl.wire import BlockUpdate, Report
 
 from .aggregators import Aggregator
-from .buffers import BlockResult, Buffer
+from .buffers import BlockResult, Buffer, Keep
 from .norms import clip
 from .weighting import Weighting, staleness_factor
 
@@ -80,6 +80,7 @@ class Round:
         max_staleness: An update may be based on a version so much older than the newest.
         max_norm: A longer delta is scaled down to it; 0: never.
         is_deterministic: The order in which updates arrive makes no difference at all.
+        new_keep: Called for each block and version; as of `Buffer`.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Round:
         max_staleness: int = 0,
         max_norm: float = 0.0,
         is_deterministic: bool = False,
+        new_keep: Callable[[], Keep] = lambda: lambda delta: delta,
     ) -> None:
         self.round_num = round_num
         self.cohort: dict[str, Assignment] = {}  # by device, its newest
         self.reports: dict[str, Report] = {}  # by device, on its newest assignment
         self._is_deterministic = is_deterministic
+        self._new_keep = new_keep
         self.buffers = {name: self._buffer(block, aggregator) for name, block in blocks.items()}
         self._open: dict[str, float] = {}  # deadlines of those at work, the earliest first
         self._sent: dict[str, dict[str, bytes]] = {}  # by device and block: an update_id
@@ -231,7 +234,7 @@ class Round:
         self.buffers[block] = self._buffer(self._blocks[block], aggregator)
 
     def _buffer(self, block: Block, aggregator: Aggregator[Any]) -> Buffer:
-        return Buffer(block, aggregator, is_ordered=self._is_deterministic)
+        return Buffer(block, aggregator, is_ordered=self._is_deterministic, keep=self._new_keep())
 
     # Reports
 

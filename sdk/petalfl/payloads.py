@@ -25,7 +25,8 @@ class EncodedDelta:
 
     Attributes:
         codec: The name of what the payload was encoded with.
-        payload: The bytes themselves, which ``parameters`` and ``statistics`` are views of.
+        payload: The bytes themselves, which ``parameters`` and ``statistics`` are views of; empty
+            where whoever keeps the delta has moved these.
         factor: What every value is to be multiplied by, in (0, 1]: of a clipped delta.
     """
 
@@ -39,6 +40,11 @@ class EncodedDelta:
     def size(self) -> int:
         """Of the vector."""
         return self.parameters.size + self.statistics.size
+
+    @property
+    def num_bytes(self) -> int:
+        """That its arrays take."""
+        return self.parameters.num_bytes + self.statistics.num_bytes
 
     def decode(self) -> Vector:
         """All of it as float32; not a copy where the payload has it as it is."""

@@ -28,6 +28,7 @@ class Aggregator(Generic[S]):
         quorum: The fewest holders that the rule is defined for.
         has_votes: The rule bounds what a few of its updates can do, so that a holder must have
             one, however often it sends.
+        keeps_deltas: The state holds every delta until `finalize`.
     """
 
     init: Callable[[Block], S]
@@ -35,3 +36,4 @@ class Aggregator(Generic[S]):
     finalize: Callable[[S], Vector | None]
     quorum: int = 1
     has_votes: bool = False
+    keeps_deltas: bool = False

@@ -75,4 +75,4 @@ def canonical(temperature: float = 0.5, energy: float = 0.99) -> Aggregator[Cano
             )
         return found
 
-    return Aggregator(init, accumulate, finalize)
+    return Aggregator(init, accumulate, finalize, keeps_deltas=True)

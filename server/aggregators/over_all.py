@@ -48,7 +48,7 @@ def over_all(
             return None
         return rule(state.deltas, np.array(state.weights, np.float64))
 
-    return Aggregator(init, accumulate, finalize, quorum, has_votes=True)
+    return Aggregator(init, accumulate, finalize, quorum, has_votes=True, keeps_deltas=True)
 
 
 def mean(deltas: Sequence[EncodedDelta], weights: Weights) -> Vector:

@@ -62,7 +62,7 @@ class WeightedSum:
             )
         self._end = end
         self._waiting.append((delta, weight))
-        self._num_bytes += len(delta.payload)
+        self._num_bytes += delta.num_bytes
         self.weight += weight
         num_updates = len(self._waiting)
         if num_updates >= MIN_UPDATES and (
