@@ -149,7 +149,9 @@ def arrived(block: Block, codec: str, number: int) -> BlockUpdate:
     payload = known.encode(rng.standard_normal(block.size, np.float32), rng)
     encoded = parse_payload(known, block, payload)
     assert encoded.norm > 0
-    return BlockUpdate(number.to_bytes(16, "big"), f"device-{number}", block.name, 1, 1, 1, encoded)
+    return BlockUpdate(
+        number.to_bytes(16, "big"), f"device-{number}", block.name, 1, 1, 1, encoded, ""
+    )
 
 
 if __name__ == "__main__":

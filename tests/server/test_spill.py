@@ -113,7 +113,7 @@ def bits(name: str, keep: Keep, *, is_ordered: bool) -> bytes:
                     is_ordered=is_ordered)  # fmt: skip
     for k, delta in enumerate(mixed(14, 2500)):
         device = f"device-{k % 12:02}"
-        buffer.add(BlockUpdate(make_id(k), device, "head", 1 + k // 12, 1, 1, delta), 1.0 + k)
+        buffer.add(BlockUpdate(make_id(k), device, "head", 1 + k // 12, 1, 1, delta, ""), 1.0 + k)
     result = buffer.result()
     assert result.delta is not None
     return result.delta.tobytes()
@@ -139,7 +139,9 @@ def delta_of(number: int) -> NDArray[np.float32]:
 
 def arrive(run: Run, number: int) -> None:
     device = f"watch-{number}"
-    update = BlockUpdate(make_id(device), device, "head", 1, 1, 1, plain_delta(delta_of(number)))
+    update = BlockUpdate(
+        make_id(device), device, "head", 1, 1, 1, plain_delta(delta_of(number)), ""
+    )
     assert run.federation.on_update(update).status == "accepted"
 
 
