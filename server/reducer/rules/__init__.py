@@ -15,18 +15,15 @@ _numpy = NumpyRules()
 
 
 def active() -> Rules:
-    """The kernels that go with the active backend: on a CPU those of numpy, whatever it sums with.
-
-    Of several GPUs the first.
-    """
+    """The kernels that go with the active backend: on a CPU numpy's, whatever it sums with."""
     name = backend.active().name
     if name.startswith("cuda"):
-        return _on(name if ":" in name else "cuda:0")
+        return _on(name)
     return _numpy
 
 
 @functools.cache
-def _on(device: str) -> Rules:
+def _on(backend: str) -> Rules:
     """Loaded when it is wanted alone: torch takes seconds, where it is there."""
-    made: Rules = importlib.import_module(".torch_rules", __package__).TorchRules(device)
+    made: Rules = importlib.import_module(".torch_rules", __package__).rules_on(backend)
     return made

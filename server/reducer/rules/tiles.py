@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,13 @@ class Tiling(NamedTuple):
             return list(pool.map(work, map(self._tiles, range(self.num_threads))))
 
     def _tiles(self, thread: int) -> Iterator[slice]:
-        for start in range(thread * self.width, self.size, self.num_threads * self.width):
-            yield slice(start, min(start + self.width, self.size))
+        return itertools.islice(parts(0, self.size, self.width), thread, None, self.num_threads)
+
+
+def parts(start: int, stop: int, width: int) -> Iterator[slice]:
+    """A range in parts, all but the last of that width."""
+    for first in range(start, stop, width):
+        yield slice(first, min(first + width, stop))
 
 
 def tiling(deltas: Sequence[EncodedDelta], bytes_per_value: int) -> Tiling:

@@ -1,15 +1,10 @@
-"""The kernels on PyTorch: for GPUs. On a CPU its sort takes ten times as long as numpy's.
-
-Tiles are filled by threads into two buffers of the host, pinned for a GPU: while the device works
-on one, the next is filled.
-"""
+"""The kernels on PyTorch: for GPUs. On a CPU its sort takes ten times as long as numpy's."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,52 +20,54 @@ from .bases import num_directions, power_of_two_above
 from .numpy_rules import NumpyRules
 from .products import median_norm
 from .rules import Rules
-from .tiles import num_cores, read, within_budget
+from .tiles import parts
+from .torch_device import TorchDevice
 
 log = logging.getLogger("petalfl.server.reducer")
 
-TILE_VALUES = 1 << 24  # of all updates together: two buffers of 64 MiB
 MIN_TILE_VALUES = 1 << 18  # with less memory than for this, a device is of no use
+Array = NDArray[np.float64]
 R = TypeVar("R")
 
 
-class TorchRules:
-    """`Rules` on a device.
+class _NoDeviceError(Exception):
+    """None is left for a rule."""
 
-    Where its memory is short, tiles are halved; where it is lost, the fallback computes the rule
-    from the updates anew.
+
+class TorchRules:
+    """`Rules` on one or several devices, each of which takes a share of every block.
+
+    Where a device's memory is short, its tiles are halved. Where a device is lost, those that are
+    left compute the rule from the updates anew, or the fallback does.
 
     Args:
-        device: As torch names it, such as ``cuda:0``.
+        devices: As torch names them, such as ``cuda:0``.
     """
 
-    def __init__(self, device: str, fallback: Rules | None = None) -> None:
-        self._device = torch.device(device)
+    def __init__(self, devices: Sequence[str], fallback: Rules | None = None) -> None:
+        self._devices = [TorchDevice(name, len(devices)) for name in devices]
         self._fallback: Rules = fallback or NumpyRules()
-        self._tile_values = TILE_VALUES
-        self._is_lost = False
 
     def median(self, deltas: Sequence[EncodedDelta]) -> Vector:
         """As of `Rules`."""
-        return self._guarded(
-            lambda: self._by_coordinate(deltas, median),
+        return _either(
+            lambda: self._by_coordinate(deltas, lambda device, values: median(values)),
             lambda: self._fallback.median(deltas),
         )
 
-    def trimmed_mean(
-        self, deltas: Sequence[EncodedDelta], weights: NDArray[np.float64], cut: int
-    ) -> Vector:
+    def trimmed_mean(self, deltas: Sequence[EncodedDelta], weights: Array, cut: int) -> Vector:
         """As of `Rules`."""
-        return self._guarded(
+        return _either(
             lambda: self._by_coordinate(
-                deltas, partial(trimmed_mean, weights=self._tensor(weights), cut=cut)
+                deltas,
+                lambda device, values: trimmed_mean(values, device.tensor(weights), cut),
             ),
             lambda: self._fallback.trimmed_mean(deltas, weights, cut),
         )
 
-    def inner_products(self, deltas: Sequence[EncodedDelta]) -> NDArray[np.float64]:
+    def inner_products(self, deltas: Sequence[EncodedDelta]) -> Array:
         """As of `Rules`."""
-        return self._guarded(
+        return _either(
             lambda: self._inner_products(deltas),
             lambda: self._fallback.inner_products(deltas),
         )
@@ -79,123 +76,139 @@ class TorchRules:
         self,
         matrix: Matrix,
         deltas: Sequence[EncodedDelta],
-        shares: NDArray[np.float64],
+        shares: Array,
         temperature: float,
         energy: float,
-    ) -> NDArray[np.float64]:
+    ) -> Array:
         """As of `Rules`."""
-        return self._guarded(
+        return _either(
             lambda: self._canonical(matrix, deltas, shares, temperature, energy),
             lambda: self._fallback.canonical(matrix, deltas, shares, temperature, energy),
         )
 
-    def _guarded(self, run: Callable[[], R], instead: Callable[[], R]) -> R:
-        while not self._is_lost:
-            try:
-                return run()
-            except torch.OutOfMemoryError as error:
-                if self._tile_values <= MIN_TILE_VALUES:
-                    log.error("%s has no memory for a rule, another computes it: %s",
-                              self._device, error)  # fmt: skip
-                    return instead()
-                self._tile_values //= 2
-                log.warning("%s has no memory for tiles of %d values: half of that",
-                            self._device, 2 * self._tile_values)  # fmt: skip
-            except RuntimeError as error:
-                if self._device.type == "cpu":
-                    raise
-                log.error("%s is lost to the rules: %s", self._device, error)
-                self._is_lost = True
-        return instead()
-
-    def _tensor(self, values: NDArray[np.float64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+    # How
 
     def _by_coordinate(
-        self, deltas: Sequence[EncodedDelta], kernel: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        deltas: Sequence[EncodedDelta],
+        kernel: Callable[[TorchDevice, torch.Tensor], torch.Tensor],
     ) -> Vector:
         found = np.empty(deltas[0].size, np.float32)
-        for part, values in self._tiles(deltas):
-            found[part] = kernel(values).cpu().numpy()
+
+        def work(device: TorchDevice, share: slice) -> None:
+            for part, values in device.tiles(deltas, share):
+                found[part] = kernel(device, values).cpu().numpy()
+
+        self._shared(found.size, ALIGN, work)
         return found
 
-    def _inner_products(self, deltas: Sequence[EncodedDelta]) -> NDArray[np.float64]:
-        origin = median_norm(deltas)
-        shape = (len(deltas), len(deltas))
-        products = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        for _, values in self._tiles(deltas):
-            rows = values.double()
-            rows -= rows[origin].clone()
-            products += rows @ rows.T
-        return np.asarray(products.cpu().numpy())
+    def _inner_products(self, deltas: Sequence[EncodedDelta]) -> Array:
+        origin, shape = median_norm(deltas), (len(deltas), len(deltas))
+
+        def work(device: TorchDevice, share: slice) -> Array:
+            products = device.zeros(*shape)
+            for _, values in device.tiles(deltas, share):
+                rows = values.double()
+                rows -= rows[origin].clone()
+                products += rows @ rows.T
+            return np.asarray(products.cpu().numpy())
+
+        return sum(self._shared(deltas[0].size, ALIGN, work), np.zeros(shape))
 
     def _canonical(
         self,
         matrix: Matrix,
         deltas: Sequence[EncodedDelta],
-        shares: NDArray[np.float64],
+        shares: Array,
         temperature: float,
         energy: float,
-    ) -> NDArray[np.float64]:
-        scale = power_of_two_above(deltas)
-        num_clients, num_columns = len(deltas), matrix.num_columns
-        gram = torch.zeros((matrix.num_rows,) * 2, dtype=torch.float64, device=self._device)
-        for values in self._matrices(matrix, deltas, scale):
-            gram += values @ values.T
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-        rank = num_directions(eigenvalues.flip(0).cpu().numpy(), energy)
-        basis = vectors.flip(1)[:, :rank]
-        merged = torch.zeros((rank, num_columns), dtype=torch.float64, device=self._device)
-        count = max(1, 8 * self._tile_values // (num_clients * num_columns))
-        for start in range(0, rank, count):
-            rows = basis[:, start : start + count].T.float()
-            shape = (num_clients, len(rows), num_columns)
-            coefficients = torch.empty(shape, dtype=torch.float64, device=self._device)
-            for k, values in enumerate(self._matrices(matrix, deltas, scale)):
-                coefficients[k] = rows @ values
-            merged[start : start + count] = _fuse(coefficients, self._tensor(shares), temperature)
-        return np.asarray((basis @ merged * scale).cpu().numpy())
+    ) -> Array:
+        """Devices share the clients of G, then the directions of the basis."""
+        scale, num_rows = power_of_two_above(deltas), matrix.num_rows
 
-    def _tiles(self, deltas: Sequence[EncodedDelta]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Slices of the block, with all updates' values in them: float32 ``(n, slice)``."""
-        num_updates, size = len(deltas), deltas[0].size
-        width = max(ALIGN, self._tile_values // num_updates // ALIGN * ALIGN)
-        width = within_budget(size, width, 2 * 4 * num_updates).width
-        parts = [slice(k, min(k + width, size)) for k in range(0, size, width)]
-        jobs = [[(delta, part) for delta in deltas] for part in parts]
-        for part, values in zip(parts, self._filled(jobs, width), strict=True):
-            yield part, values[:, : part.stop - part.start]
+        def gram_of(device: TorchDevice, clients: slice) -> Array:
+            gram = device.zeros(num_rows, num_rows)
+            for values in device.matrices(matrix, deltas[clients], scale):
+                gram += values @ values.T
+            return np.asarray(gram.cpu().numpy())
 
-    def _matrices(
-        self, matrix: Matrix, deltas: Sequence[EncodedDelta], scale: float
-    ) -> Iterator[torch.Tensor]:
-        """The matrix of each delta in turn, over the scale: float32 ``(m, n)``."""
-        part = slice(matrix.start, matrix.start + matrix.size)
-        for values in self._filled([[(delta, part)] for delta in deltas], matrix.size):
-            whole = (values / scale).reshape(matrix.shape)
-            yield whole.T if matrix.is_turned else whole
+        def basis_of(device: TorchDevice, _: slice) -> Array:
+            eigenvalues, vectors = torch.linalg.eigh(device.tensor(gram))
+            rank = num_directions(eigenvalues.flip(0).cpu().numpy(), energy)
+            return np.asarray(vectors.flip(1)[:, :rank].cpu().numpy())
 
-    def _filled(
-        self, jobs: Sequence[Sequence[tuple[EncodedDelta, slice]]], width: int
-    ) -> Iterator[torch.Tensor]:
-        """For every job what it reads, a row each: float32 ``(rows, width)`` on the device."""
-        is_pinned = self._device.type == "cuda"
-        buffers = [torch.empty((len(jobs[0]), width), pin_memory=is_pinned) for _ in range(2)]
-        with ThreadPoolExecutor(num_cores(), "rules") as pool:
+        def merged_along(device: TorchDevice, directions: slice) -> Array:
+            found = device.zeros(num_rows, matrix.num_columns)
+            some, weights = device.tensor(basis[:, directions]), device.tensor(shares)
+            count = max(1, 8 * device.tile_values // (len(deltas) * matrix.num_columns))
+            for group in parts(0, some.shape[1], count):
+                rows = some[:, group].T.float()
+                coefficients = device.zeros(len(deltas), len(rows), matrix.num_columns)
+                for one, values in zip(
+                    coefficients, device.matrices(matrix, deltas, scale), strict=True
+                ):
+                    one[:] = rows @ values
+                found += some[:, group] @ _fuse(coefficients, weights, temperature)
+            return np.asarray(found.cpu().numpy())
 
-            def fill(k: int) -> list[Future[None]]:
-                rows = buffers[k % 2].numpy()
-                return [
-                    pool.submit(read, delta, part, row[: part.stop - part.start])
-                    for (delta, part), row in zip(jobs[k], rows, strict=True)
-                ]
+        gram = sum(self._shared(len(deltas), 1, gram_of), np.zeros((num_rows, num_rows)))
+        [basis] = self._shared(1, 1, basis_of)
+        merged = self._shared(basis.shape[1], 1, merged_along)
+        return sum(merged, np.zeros((num_rows, matrix.num_columns))) * scale
 
-            waiting = fill(0)
-            for k in range(len(jobs)):
-                for one in waiting:
-                    one.result()
-                waiting = fill(k + 1) if k + 1 < len(jobs) else []
-                yield buffers[k % 2].to(self._device)
+    def _shared(self, size: int, align: int, work: Callable[[TorchDevice, slice], R]) -> list[R]:
+        """``work`` on every device's share of ``range(size)``, in order.
+
+        Raises:
+            _NoDeviceError: None is left that has memory enough.
+        """
+        devices = list(self._devices)
+        while devices:
+            width = -(-size // len(devices) // align) * align
+            shares = list(parts(0, size, max(1, width)))
+            with ThreadPoolExecutor(len(devices), "rules") as pool:
+                done = list(pool.map(lambda *one: self._guarded(work, *one), devices, shares))
+            if all(done):
+                return [found for one in done for found in one]
+            failed = [device for device, one in zip(devices, done, strict=False) if not one]
+            devices = [device for device in devices if device not in failed]
+        raise _NoDeviceError
+
+    def _guarded(
+        self, work: Callable[[TorchDevice, slice], R], device: TorchDevice, share: slice
+    ) -> list[R]:
+        """What ``work`` returns, alone; nothing where the device is lost, or has no memory."""
+        while True:
+            try:
+                with device.active():
+                    return [work(device, share)]
+            except torch.OutOfMemoryError as error:
+                if device.tile_values <= MIN_TILE_VALUES:
+                    log.error("%s has no memory for a rule, another computes it: %s",
+                              device, error)  # fmt: skip
+                    return []
+                device.tile_values //= 2
+                log.warning("%s has no memory for tiles of %d values: half of that",
+                            device, 2 * device.tile_values)  # fmt: skip
+            except RuntimeError as error:
+                if device.device.type == "cpu":
+                    raise
+                log.error("%s is lost to the rules: %s", device, error)
+                self._devices = [one for one in self._devices if one is not device]
+                return []
+
+
+def rules_on(backend: str) -> TorchRules:
+    """Those of a backend by its name: on the GPU that it has, or on all of them."""
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    return TorchRules([backend] if ":" in backend else gpus)
+
+
+def _either(run: Callable[[], R], instead: Callable[[], R]) -> R:
+    try:
+        return run()
+    except _NoDeviceError:
+        return instead()
 
 
 def median(values: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,17 @@ import pytest
 from server.reducer.rules import Rules
 from server.reducer.rules.numpy_rules import NumpyRules
 
-KINDS = ["numpy", "cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)]
+KINDS = ["numpy", "cpu", "cpu,cpu,cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.fixture(params=KINDS, scope="session")
 def rules(request: pytest.FixtureRequest) -> Rules:
-    """Every implementation; that of torch on each kind of device."""
+    """Every implementation; that of torch on each kind of device, and on several."""
     if request.param == "numpy":
         return NumpyRules()
     torch = pytest.importorskip("torch")
-    if request.param != "cpu" and not torch.cuda.is_available():
+    if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
-    from server.reducer.rules.torch_rules import TorchRules
+    from server.reducer.rules.torch_rules import TorchRules, rules_on
 
-    return TorchRules(request.param)
+    return rules_on("cuda") if request.param == "cuda" else TorchRules(request.param.split(","))
