@@ -89,12 +89,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         os.environ.setdefault(name, "1")  # of the cells' processes
 
     def artifacts_of(cell: Cell) -> Path:
-        folder, is_there = find(options.cache, cell.dataset, cell.missing, cell.seed)
+        has_own_head = SCHEMES[cell.scheme].has_own_head
+        wanted = (cell.dataset, cell.missing, cell.seed)
+        folder, is_there = find(options.cache, *wanted, has_own_head)
         if is_there:
             return folder
         from .models import prepare  # which takes seconds to import torch
 
-        return prepare(cell.dataset, cell.missing, cell.seed, options.cache, console.print)
+        return prepare(*wanted, options.cache, has_own_head, console.print)
 
     with _Bar(len(cells), len(cells) - len(missing), console) as bar:
         num_failed = run_cells(missing, artifacts_of, options.jobs, results.append, bar)

@@ -12,9 +12,11 @@ from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
 from petalfl.vectors import Vector, to_bytes
 
 
-def find(cache: Path, dataset: str, missing: str, seed: int) -> tuple[Path, bool]:
+def find(
+    cache: Path, dataset: str, missing: str, seed: int, has_own_head: bool = False
+) -> tuple[Path, bool]:
     """Where a data set's artifacts lie in a folder of them, and whether they are there."""
-    folder = cache / f"{dataset}-{missing}-{seed}"
+    folder = cache / f"{dataset}-{missing}{'-two' * has_own_head}-{seed}"
     return folder, (folder / MANIFEST_NAME).exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import shutil
 import tempfile
@@ -64,21 +65,38 @@ class ZeroFilled(nn.Module):
         return fused
 
 
-def build(dataset: str, missing: str, seed: int) -> BlockModel:
-    """A data set's model; with ``zero`` and ``mask`` a seed begins with the same values."""
-    module, _, factory = find_dataset(dataset).model.partition(":")
+def build(dataset: str, missing: str, seed: int, has_own_head: bool = False) -> BlockModel:
+    """A data set's model; whatever the variant, a seed begins with the same values.
+
+    Args:
+        has_own_head: With a second head for the same task, which is private and the only private
+            block. All its outputs begin as zero: its probabilities are equal until it is trained.
+    """
+    about = find_dataset(dataset)
+    module, _, factory = about.model.partition(":")
     model: BlockModel = getattr(importlib.import_module(module), factory)(seed)
-    if missing == "mask":
-        return model
+    fusion, heads = model.fusion, {"shared": model.head}
+    assert fusion is not None
+    if has_own_head:
+        heads["own"] = _silent(copy.deepcopy(model.head))
     return BlockModel(
-        name=f"{model.name}-zero",
+        name=f"{model.name}{'-zero' * (missing == 'zero')}{'-two' * has_own_head}",
         encoders=dict(model.encoders.items()),
-        fusion=ZeroFilled(model.fusion),  # type: ignore[arg-type]
-        head=model.head,
+        fusion=ZeroFilled(fusion) if missing == "zero" else fusion,
+        head=heads if has_own_head else model.head,
         examples=model.examples,
-        class_names=find_dataset(dataset).class_names,
-        missing="zero",
+        class_names=dict.fromkeys(heads, about.class_names) if has_own_head else about.class_names,
+        private_blocks=("head-own",) if has_own_head else None,
+        missing="zero" if missing == "zero" else "mask",
     )
+
+
+def _silent(head: nn.Module) -> nn.Module:
+    """With a last layer of zeros."""
+    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return head
 
 
 def prepare(
@@ -86,22 +104,23 @@ def prepare(
     missing: str,
     seed: int,
     cache: Path,
+    has_own_head: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Path:
     """The artifacts of a data set's model with the initial values of a seed.
 
     The graphs are exported once and kept in ``cache``; other seeds only replace the values.
     """
-    folder, is_there = find(cache, dataset, missing, seed)
+    folder, is_there = find(cache, dataset, missing, seed, has_own_head)
     if is_there:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     if seed == 0:
-        progress(f"exporting the model of {dataset}, {missing}")
-        export_model(build(dataset, missing, seed), folder)
+        progress(f"exporting the model of {dataset}, {missing}{', two heads' * has_own_head}")
+        export_model(build(dataset, missing, seed, has_own_head), folder)
         return folder
-    graphs = prepare(dataset, missing, 0, cache, progress)
-    state = build(dataset, missing, seed).state_dict()
+    graphs = prepare(dataset, missing, 0, cache, has_own_head, progress)
+    state = build(dataset, missing, seed, has_own_head).state_dict()
     vectors = {
         block.name: torch.cat(
             [state[block.state_prefix + tensor.name].flatten() for tensor in block.tensors]

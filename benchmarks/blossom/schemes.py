@@ -22,7 +22,7 @@ from petalfl.training import Hyperparameters
 from petalfl.vectors import Vector
 
 from .examples import Examples, hold_out
-from .simulation import train_alone
+from .simulation import predict_proba, train_alone
 
 PROXIMAL_MU = 0.1
 CANDIDATE_EPOCHS = (0, 1, 3, 10)
@@ -87,7 +87,7 @@ class Scheme:
 
     Attributes:
         about: One line for `--list`.
-        shares: What the server shares: ``fm``, ``ph``, ``phf`` or ``local``.
+        shares: What the server shares: ``fm``, ``ph``, ``phf``, ``local``, or what the model says.
         server_optimizer: Instead of the cell's.
         grouping: Who takes part in one federation: all ``devices``; each pool of the devices with
             the same modalities (``pooled``); or one federation for each modality (``unimodal``).
@@ -97,6 +97,9 @@ class Scheme:
             with one of them, drawn anew.
         held_out: The share of its training examples that a device keeps out of the rounds.
         personalize: What it does after the last round.
+        has_own_head: The model has a second head, which is private; probabilities are the mean
+            of both heads'.
+        has_scaffold: Control variates take the drift out of the shared blocks' steps.
     """
 
     about: str
@@ -107,6 +110,8 @@ class Scheme:
     warm_up: float = 0.0
     modality_dropout: float = 0.0
     held_out: float = 0.0
+    has_own_head: bool = False
+    has_scaffold: bool = False
 
 
 def fine_tune(model: LocalModel, data: OwnData, finish: Finish) -> LocalModel:
@@ -169,7 +174,7 @@ def _mixed(
 
 def _loss(model: LocalModel, examples: Examples) -> float:
     """Mean cross-entropy: smoother than a metric on few examples."""
-    probabilities = model.predict_proba(examples.inputs)
+    probabilities = predict_proba(model, examples)
     of_truth = probabilities[np.arange(len(examples)), examples.labels]
     return float(-np.log(np.maximum(of_truth, 1e-9)).mean())
 
@@ -210,6 +215,12 @@ SCHEMES: dict[str, Scheme] = {
         "multimodal devices train every second round with one modality",
         "fm", fine_tune, "momentum:0.5", modality_dropout=0.5,
     ),
+    "two-heads": Scheme(
+        "all shared, and a second head that is private; probabilities are the mean of both",
+        "", fine_tune, "momentum:0.5", has_own_head=True,
+    ),
+    "fm-scaffold": Scheme("SCAFFOLD's control variates", "fm", fine_tune, has_scaffold=True),
+    "phf-scaffold": Scheme("SCAFFOLD's control variates", "phf", fine_tune, has_scaffold=True),
     "phf-drop": Scheme(
         "multimodal devices train every second round with one modality",
         "phf", fine_tune, "momentum:0.5", modality_dropout=0.5,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from petalfl import topics, wire
 from petalfl.budgets import Budgets
@@ -107,8 +108,13 @@ class Device:
         self.trainer = Trainer(
             self._store, callbacks, Pacing(), Budgets(), num_threads=1, engine="auto"
         )
-        self.trainer.data.hold(train.inputs, train.labels)
+        labels = labels_of(ModelManifest.load(artifacts), train)
+        self.trainer.data.hold(train.inputs, labels)
         self.trainer.check_data()
+
+    def replace_data(self, examples: Examples) -> None:
+        """Trains on these from the next round on."""
+        self.trainer.replace_data(examples.inputs, labels_of(self.model.manifest, examples))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -147,6 +153,8 @@ class Device:
                 if receipt.status != "accepted":
                     raise PetalError(f"{self.name}: the server rejects it: {receipt.reason}")
                 self.trainer.note_delivered(outgoing, is_accepted=True)
+                self.trainer.keep_controls()
+            self.trainer.empty_outbox()
         await threads.call(self._fetch, message, server)
         await transport.close()
 
@@ -221,7 +229,8 @@ async def _run_federation(config: Config, devices: Sequence[Device]) -> Outcome:
             state.add_device(device.name, PASSWORD, list(device.modalities), 0.0)
         federation = Federation(config, manifest, state)
         broker = MemoryBroker()
-        gateway = Gateway(broker.connect(), config.federation, manifest, federation)
+        served = federation.served
+        gateway = Gateway(broker.connect(), config.federation, served, federation)
         await gateway.open()
         federation.start(gateway)
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="train"))
@@ -235,7 +244,8 @@ async def _run_federation(config: Config, devices: Sequence[Device]) -> Outcome:
             federation.close()
         traffic = state.history.device_traffic()
         shared = {
-            name: newest(federation, block) for name, block in federation.shared.blocks.items()
+            name: newest(federation, block)[: manifest.block(name).size]  # no control variates
+            for name, block in federation.shared.blocks.items()
         }
         up, down = (
             {name: sum(b[way] for b in blocks.values()) for name, blocks in traffic.items()}
@@ -276,13 +286,25 @@ def train_alone(
     Args:
         shared: The blocks that ``proximal_mu`` pulls back to where they are now.
     """
-    labels = {next(iter(model.manifest.heads)): examples.labels}
-    data = ArrayData(dict(examples.inputs), labels)
+    data = ArrayData(dict(examples.inputs), labels_of(model.manifest, examples))
     result = train(
         model.engine, model.manifest, model.parameters, data, hyperparameters,
         rng, shared=shared,
     )  # fmt: skip
     return model.with_parameters(result.parameters)
+
+
+def predict_proba(model: LocalModel, examples: Examples) -> NDArray[np.float32]:
+    """``(n, classes)``: of a model with several heads, the mean of theirs."""
+    found = model.predict_proba(examples.inputs)
+    by_head = [*found.values()] if isinstance(found, dict) else [found]
+    mean: NDArray[np.float32] = np.mean(by_head, axis=0, dtype=np.float32)
+    return mean
+
+
+def labels_of(manifest: ModelManifest, examples: Examples) -> dict[str, NDArray[np.int64]]:
+    """By task: all heads of a model of the study learn the same."""
+    return dict.fromkeys(manifest.heads, examples.labels)
 
 
 def newest(federation: Federation, block: Block) -> Vector:

@@ -28,7 +28,14 @@ from .examples import Examples, Holding, concatenate
 from .members import DROPOUT, FINISH, FRACTION, LOCAL, Member, deal, rng_of, seed_of
 from .partitions import keep_fraction
 from .schemes import Finish, Scheme, find_scheme
-from .simulation import Device, Outcome, make_config, run_federation, train_alone
+from .simulation import (
+    Device,
+    Outcome,
+    make_config,
+    predict_proba,
+    run_federation,
+    train_alone,
+)
 
 Scores = dict[str, float]  # macro_f1 and accuracy, in [0, 1]
 UNSEEN_ROUNDS = (0, 1, 3, 10)
@@ -220,6 +227,7 @@ class _Study:
             seed=cell.seed + (SECOND_STAGE if rounds_before else 0),
             server_optimizer=self.scheme.server_optimizer or cell.server_optimizer,
             codec=cell.codec,
+            has_scaffold=self.scheme.has_scaffold,
         )
         outcome = run_federation(config, devices)
         for pool in pools:
@@ -339,10 +347,10 @@ def _drop_modalities(device: Device, scheme: Scheme, rng: np.random.Generator) -
     def drop() -> None:
         if rng.random() < scheme.modality_dropout:
             kept = [str(rng.choice(list(train.inputs)))]
-            device.trainer.replace_data(train.only(kept).inputs, train.labels)
+            device.replace_data(train.only(kept))
 
     def restore() -> None:
-        device.trainer.replace_data(train.inputs, train.labels)
+        device.replace_data(train)
 
     device.before_round, device.after_round = drop, restore
 
@@ -354,7 +362,7 @@ def _known(model: LocalModel, examples: Examples) -> list[str]:
 
 
 def _probabilities(models: Sequence[LocalModel], test: Examples) -> NDArray[np.float32]:
-    found = [m.predict_proba(test.only(_known(m, test)).inputs) for m in models]
+    found = [predict_proba(m, test.only(_known(m, test))) for m in models]
     mean: NDArray[np.float32] = np.mean(found, axis=0, dtype=np.float32)
     return mean
 
