@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from petalfl.codecs.float32 import MAX
 from petalfl.model import Block
 from petalfl.payloads import EncodedDelta
 from petalfl.vectors import Vector
@@ -70,9 +71,9 @@ def canonical(temperature: float = 0.5, energy: float = 0.99) -> Aggregator[Cano
         weights = np.array(state.weights, np.float64)
         shares, found = weights / weights.sum(), mean(state.deltas, weights)
         for matrix in state.matrices:
-            matrix.view(found)[:] = rules.active().canonical(
-                matrix, state.deltas, shares, temperature, energy
-            )
+            merged = rules.active().canonical(matrix, state.deltas, shares, temperature, energy)
+            # Beside the greatest values of float32, a mixture of directions may lie beyond them.
+            matrix.view(found)[:] = np.clip(merged, -MAX, MAX)
         return found
 
     return Aggregator(init, accumulate, finalize, keeps_deltas=True)

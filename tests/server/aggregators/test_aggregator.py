@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from petalfl.payloads import plain_delta
 from petalfl.vectors import from_bytes, to_bytes
@@ -20,6 +21,7 @@ from tests.server.aggregators.builders import (
     assert_order_free,
     vector_block,
 )
+from tests.server.builders import make_block
 
 TEXTS = {
     "weighted-mean": "weighted-mean",
@@ -101,6 +103,53 @@ def test_extreme_values_neither_overflow_nor_vanish(rule: Aggregator[Any], value
     delta = np.full(SIZE, value, np.float32)
     found = aggregate(rule, [(delta, 1 << 40), (delta, 1 << 40), (delta, 1), (delta, 7)])
     np.testing.assert_allclose(found, delta, rtol=2e-7)
+
+
+def corners() -> dict[str, tuple[NDArray[np.float64], list[float]]]:
+    """Deltas ``(n, 24)`` and their weights."""
+    some, greatest = np.random.default_rng(0).normal(size=(7, 24)), float(np.finfo(np.float32).max)
+    one_huge, most_huge, huge_and_tiny = some.copy(), some.copy(), 1e-40 * some
+    one_huge[3] = huge_and_tiny[3] = greatest
+    most_huge[2:] = greatest * np.sign(some[2:])
+    opposite = np.stack([np.full(24, greatest), np.full(24, -greatest)])
+    return {
+        "one": (some[:1], [5.0]),
+        "two": (some[:2], [1.0, 2.0]),
+        "nothing": (np.zeros((5, 24)), [1.0] * 5),
+        "negative zeros": (np.full((4, 24), -0.0), [1.0] * 4),
+        "one value each": (np.eye(7, 24), [1.0] * 7),
+        "subnormal": (1e-44 * some, [1.0] * 7),
+        "the greatest and its negative": (opposite, [1.0, 1.0]),
+        "one as great as can be": (one_huge, [1.0] * 7),
+        "most as great as can be": (most_huge, [1.0] * 7),
+        "one as great as can be, others subnormal": (huge_and_tiny, [1.0] * 7),
+        "weights far apart": (some, [1e-300, 1e-12, 1.0, 3.0, 1e18, 5.0, 1.0]),
+        "the greatest of hardly any weight": (one_huge, [1.0, 1.0, 1.0, 1e-300, 1.0, 1.0, 1.0]),
+    }
+
+
+CORNERS = corners()
+MATRIX = make_block("head", "head", ("acc",), {"w": (4, 6)})[0]
+RULES_AT_CORNERS = {
+    **RULES,
+    "multi-krum of all": parse_aggregator("multi-krum:0:50"),
+    "canonical, sharp": parse_aggregator("canonical:0.01:1"),
+    "canonical, flat": parse_aggregator("canonical:inf:1"),
+}
+
+
+@pytest.mark.parametrize("name", RULES_AT_CORNERS)
+@pytest.mark.parametrize("corner", CORNERS)
+def test_whatever_is_finite_gives_what_is_finite(name: str, corner: str) -> None:
+    """And, but for mixtures of directions, what lies among the deltas; without a warning."""
+    deltas, weights = CORNERS[corner][0].astype(np.float32), CORNERS[corner][1]
+    updates = list(zip(deltas, weights, strict=True))
+    found = aggregate(RULES_AT_CORNERS[name], updates, MATRIX).astype(np.float64)
+    assert np.isfinite(found).all()
+    if not name.startswith("canonical"):
+        slack = 2e-6 * np.abs(deltas).max().astype(np.float64)
+        assert (found >= deltas.min(axis=0) - slack).all()
+        assert (found <= deltas.max(axis=0) + slack).all()
 
 
 @every_rule
