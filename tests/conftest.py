@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
@@ -15,6 +16,10 @@ from tests.reference_artifacts import export_to
 READY_MADE = os.environ.get("PETALFL_TEST_ARTIFACTS")
 """A folder that `tests.reference_artifacts` has written, for an environment without torch."""
 
+# Of torch and of BLAS, here and in child processes: the models are small, and threads of several
+# workers spin while they wait for one another. Exporting the watch model takes half the CPU time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no failure.
 hypothesis.settings.register_profile("petalfl", deadline=None)
 hypothesis.settings.load_profile("petalfl")
@@ -23,12 +28,18 @@ hypothesis.settings.load_profile("petalfl")
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """The artifacts of one of `tests.reference_artifacts.MODELS`."""
+    """The artifacts of one of `tests.reference_artifacts.MODELS`, for all workers of a run."""
     if READY_MADE:
         return Path(READY_MADE) / name
     if find_spec("torch") is None:
         pytest.skip("torch is not installed: set PETALFL_TEST_ARTIFACTS, as make test-stock does")
-    return export_to(tmp_path_factory.mktemp("artifacts"), name)
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    with (run / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = run / "artifacts" / name
+        return made if made.exists() else export_to(run / "artifacts", name)
 
 
 @pytest.fixture(scope="session")
