@@ -9,6 +9,7 @@ from petalfl.model import Block
 from petalfl.vectors import Vector
 
 from ..matrices import matrices
+from ..reducer.rules.tiles import one_blas_thread
 from .optimizer import OptimizerState, ServerOptimizer
 
 
@@ -49,12 +50,13 @@ def orthogonal(beta: float = 0.5, energy: float = 0.99) -> ServerOptimizer:
         moved, bases = parameters + delta, dict(state)
         for matrix in matrices(block):
             change = matrix.view(delta).astype(np.float64)
-            directions = _directions(change, energy)
-            if not directions.shape[1]:  # the matrix did not move
-                continue
-            basis = blend(bases[matrix.name], directions, beta)
+            with one_blas_thread():  # several spend more time on one another than they save
+                directions = _directions(change, energy)
+                if not directions.shape[1]:  # the matrix did not move
+                    continue
+                basis = blend(bases[matrix.name], directions, beta)
+                matrix.view(moved)[:] = matrix.view(parameters) + basis @ (basis.T @ change)
             bases[matrix.name] = basis.astype(np.float32)
-            matrix.view(moved)[:] = matrix.view(parameters) + basis @ (basis.T @ change)
         return moved, bases
 
     return ServerOptimizer(init, update)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from petalfl.vectors import Vector
 from server.optimizers import OptimizerState, orthogonal, step
@@ -160,3 +161,20 @@ def test_a_step_changes_nothing_that_it_was_given() -> None:
     found = [step(orthogonal(), MATRIX, first, second, state)[0] for _ in range(2)]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(state["w"], before["w"])
+
+
+def test_its_decompositions_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two busy cores, that of a 1024 × 1024 matrix took ten times as long on two."""
+    found: list[list[int]] = []
+    svd = np.linalg.svd
+
+    def noted(matrix: Array, full_matrices: bool) -> object:
+        info = ThreadpoolController().select(user_api="blas").info()
+        found.append([one["num_threads"] for one in info])
+        return svd(matrix, full_matrices=full_matrices)
+
+    monkeypatch.setattr(np.linalg, "svd", noted)
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        step(orthogonal(0.5), MATRIX, np.zeros(M * N, np.float32), draw(0, 1)[0], {})
+    assert len(found) == 3 and all(found)
+    assert {count for counts in found for count in counts} == {1}
