@@ -78,7 +78,7 @@ class Catalog:
         data = (folder / MANIFEST_NAME).read_bytes()
         self._manifest = File(hashlib.sha256(data).hexdigest(), len(data), data)
 
-    def find(self, device: str, path: str) -> File:
+    async def find(self, device: str, path: str) -> File:
         """What is at ``path``, for a device; an operator is the device "", which holds every block.
 
         Raises:
@@ -92,7 +92,7 @@ class Catalog:
         if kind == "artifacts":
             return self._find_artifact(device, rest)
         if kind == "blocks":
-            return self._find_version(device, rest)
+            return await self._find_version(device, rest)
         raise NotServedError("a path begins with manifest, artifacts or blocks")
 
     def sent(self, device: str, file: File, num_bytes: int) -> None:
@@ -109,12 +109,12 @@ class Catalog:
             self._check_holds(device, folder)
         return file
 
-    def _find_version(self, device: str, rest: str) -> File:
+    async def _find_version(self, device: str, rest: str) -> File:
         name, _, version = rest.partition("/")
         if not re.fullmatch("[0-9]{1,15}", version):
             raise NotServedError("a block's version is a number")
         self._check_holds(device, name)
-        body = self._federation.shared.body(name, int(version))
+        body = await self._federation.shared.body(name, int(version))
         if body is None:
             raise NotServedError(f"no version {int(version)} of a shared block {name!r}")
         return File(body.sha256, len(body.data), body.data, name)

@@ -18,7 +18,7 @@ from petalfl import topics, wire
 from petalfl.errors import PetalError, TransportError
 from petalfl.transport import Transport
 
-from .catalog import Catalog, NotHeldError, NotServedError
+from .catalog import Catalog, File, NotHeldError, NotServedError
 
 log = logging.getLogger("petalfl.server.downloads")
 
@@ -98,11 +98,14 @@ class Downloads:
             one.ticket = os.urandom(8)
             offset, end = wanted.offset, wanted.offset + wanted.num_bytes
             while one.wanted is wanted:  # until a newer one takes its place
+                started_s = time.perf_counter()
+                found = await self._find(device, wanted)
+                busy_s = time.perf_counter() - started_s
                 async with self._on_their_way:
                     started_s = time.perf_counter()
-                    answer = self._answer(device, wanted, offset, end, one.ticket)
+                    answer = self._answer(device, wanted, found, offset, end, one.ticket)
                     data = wire.encode(answer)
-                    busy_s = time.perf_counter() - started_s
+                    busy_s += time.perf_counter() - started_s
                     one.unproven_bytes += len(data)
                     is_sent = await self._publish(device, data)
                 if isinstance(answer, wire.Part):
@@ -112,25 +115,37 @@ class Downloads:
                     one.wanted = None
                 await asyncio.sleep(max(len(data) / MAX_BYTES_PER_S, busy_s / MAX_SHARE))
 
-    def _answer(
-        self, device: str, wanted: wire.Fetch, offset: int, end: int, ticket: bytes
-    ) -> wire.Part | wire.Declined:
-        """The part at ``offset``, or why there is none."""
+    async def _find(self, device: str, wanted: wire.Fetch) -> File | wire.Declined:
+        """What is at the path, or why there is nothing."""
         try:
-            file = self._catalog.find(device, wanted.path)
-            if wanted.known == file.sha256:
-                return wire.Declined(wanted.path, "unchanged")
-            size = max(0, min(wire.CHUNK_BYTES, end - offset, file.num_bytes - offset))
-            data = bytes(file.read(offset, offset + size))
+            file = await self._catalog.find(device, wanted.path)
         except NotServedError as error:
             return wire.Declined(wanted.path, "not-there", str(error)[:256])
         except NotHeldError as error:
             return wire.Declined(wanted.path, "not-held", str(error)[:256])
         except PetalError as error:
-            log.error("cannot serve %s to %s: %s", wanted.path, device, error)
-            return wire.Declined(wanted.path, "failed", str(error)[:256])
-        self._catalog.sent(device, file, size)
-        return wire.Part(wanted.path, file.sha256, file.num_bytes, offset, ticket, data)
+            return _failed(device, wanted, error)
+        return wire.Declined(wanted.path, "unchanged") if wanted.known == file.sha256 else file
+
+    def _answer(
+        self,
+        device: str,
+        wanted: wire.Fetch,
+        found: File | wire.Declined,
+        offset: int,
+        end: int,
+        ticket: bytes,
+    ) -> wire.Part | wire.Declined:
+        """The part at ``offset``, or why there is none."""
+        if isinstance(found, wire.Declined):
+            return found
+        size = max(0, min(wire.CHUNK_BYTES, end - offset, found.num_bytes - offset))
+        try:
+            data = bytes(found.read(offset, offset + size))
+        except PetalError as error:
+            return _failed(device, wanted, error)
+        self._catalog.sent(device, found, size)
+        return wire.Part(wanted.path, found.sha256, found.num_bytes, offset, ticket, data)
 
     async def _publish(self, device: str, data: bytes) -> bool:
         try:
@@ -139,3 +154,8 @@ class Downloads:
             log.warning("a part of a file was not sent: %s", error)  # it asks again
             return False
         return True
+
+
+def _failed(device: str, wanted: wire.Fetch, error: PetalError) -> wire.Declined:
+    log.error("cannot serve %s to %s: %s", wanted.path, device, error)
+    return wire.Declined(wanted.path, "failed", str(error)[:256])

@@ -8,6 +8,7 @@ and of enrollments by HTTP, and writes to the state before it answers. Whatever 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sqlite3
 import time
@@ -22,7 +23,6 @@ from petalfl.errors import ModelError
 from petalfl.model import ModelManifest
 
 from .aggregators import parse_aggregator
-from .buffers import BlockResult
 from .config import Config
 from .control_variates import summed
 from .optimizers import parse_optimizer
@@ -30,7 +30,8 @@ from .resume import check_owner, round_from_journal
 from .roster import Roster
 from .rounds import Announced, Assignment, Refusal, Round, mean_loss
 from .shared_blocks import SharedBlocks
-from .state import Closing, Entry, NewVersion, ServerState, StateError
+from .state import Closing, Entry, ServerState, StateError, StoredVersion
+from .stepping import Step, make_step, on_own_thread
 from .tally import Tally
 from .tasks import make_task
 from .traffic import Traffic
@@ -367,11 +368,17 @@ class Federation:
         )
 
     async def _step(self, stepping: Round, names: Collection[str]) -> None:
-        """Aggregates on a thread, so that the loop goes on meanwhile, and takes the step."""
+        """Makes the step on a thread, so that the loop goes on meanwhile, and takes it."""
         is_taken = False
         try:
-            results = await asyncio.to_thread(stepping.results, names)
-            self._take_step(stepping, results)
+            bases = {name: self.shared.newest_stored(name) for name in names}
+            quorums = {name: self._quorum(name) for name in names}
+            work = functools.partial(
+                make_step, stepping, bases, quorums, self.shared, self._optimizer
+            )
+            made = await on_own_thread(work)
+            await self._state.commit()
+            self._take_step(stepping, made)
         except (StateError, sqlite3.Error) as error:  # the disk is full, say
             self._wait(error)
         except Exception:
@@ -385,20 +392,20 @@ class Federation:
         if is_taken:  # at once: what arrives while no round is open would be refused
             self._advance()
 
-    def _take_step(self, stepping: Round, results: Mapping[str, BlockResult]) -> None:
+    def _take_step(self, stepping: Round, made: Step) -> None:
         """Blocks with enough updates get their next version; others drop what they have."""
         assert self._sender is not None
-        versions = {name: new for name, r in results.items() if (new := self._next(name, r))}
+        versions = {name: new.stored for name, new in made.versions.items()}
         outcomes = {
             update_id: versions[name].version if name in versions else 0
-            for name, result in results.items()
+            for name, result in made.results.items()
             for update_id in result.update_ids
         }
         closing = self._closing(versions)
         self.flush_traffic()
         self._state.step(stepping.round_num, list(versions.values()), outcomes, closing)
-        for name, result in results.items():
-            if new := versions.get(name):
+        for name, result in made.results.items():
+            if new := made.versions.get(name):
                 self._sender.publish_version(name, self.shared.install(new))
             count = self._tally.counted if name in versions else self._tally.dropped
             count[name] += len(result.update_ids)
@@ -415,12 +422,7 @@ class Federation:
         except (StateError, OSError, sqlite3.Error) as error:
             log.error("old versions of blocks are kept: %s", error)
 
-    def _next(self, name: str, result: BlockResult) -> NewVersion | None:
-        if result.delta is None or len(result.holders) < self._quorum(name):
-            return None
-        return self.shared.next_version(name, result.delta, self._optimizer)
-
-    def _closing(self, versions: dict[str, NewVersion]) -> Closing | None:
+    def _closing(self, versions: Mapping[str, StoredVersion]) -> Closing | None:
         """With the step of all blocks; asynchronously, with the n-th step of the first block."""
         assert self.round is not None
         round_num = self.round.round_num

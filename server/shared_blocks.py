@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from petalfl.vectors import Vector, from_bytes, to_bytes
 from petalfl.wire import BlockVersion
 
 from .optimizers import ServerOptimizer, step
-from .state import NewVersion, ServerState
+from .state import NewVersion, ServerState, StateError, StoredVersion
 
 log = logging.getLogger("petalfl.server")
 
@@ -29,6 +30,13 @@ class Body(NamedTuple):
 
     data: bytes
     sha256: str
+
+
+class NextVersion(NamedTuple):
+    """A version that is written, and how it will be served."""
+
+    stored: StoredVersion
+    body: Body
 
 
 class SharedBlocks:
@@ -57,7 +65,8 @@ class SharedBlocks:
             if not block.is_frozen and block.name not in private_blocks
         }
         self.pointers: dict[str, BlockVersion] = {}
-        self._bodies: dict[str, bytes] = {}
+        self._bodies: dict[str, Body] = {}
+        self._reading = asyncio.Lock()
         self._old: dict[tuple[str, int], Body] = {}  # the one asked for last comes last
         self._manifest = manifest
         self._private_tensors = frozenset(private_tensors)
@@ -68,8 +77,8 @@ class SharedBlocks:
             own_size = without_sum(block).size
             start[:own_size] = from_bytes(initial, own_size)
             state.add_initial_version(block, start)
-            version = state.newest_versions()[name]
-            self._install(name, version, state.read_version(block, version)[0])
+            stored = state.stored_version(block, state.newest_versions()[name])
+            self._install(name, stored.version, _read_body(stored))
 
     @property
     def versions(self) -> dict[str, int]:
@@ -92,40 +101,69 @@ class SharedBlocks:
         """The newest versions of some blocks, sorted by name."""
         return {name: self.pointers[name] for name in sorted(names)}
 
-    def body(self, name: str, version: int) -> Body | None:
+    def newest(self, name: str) -> Body:
+        """The newest version of a shared block."""
+        return self._bodies[name]
+
+    async def body(self, name: str, version: int) -> Body | None:
         """A version's float32 vector as bytes; None where there is none such.
 
-        Of older versions, those asked for last are in memory; others are read from disk.
+        Of older versions, those asked for last are in memory; others are read from disk, one
+        after another, on a thread.
+
+        Raises:
+            StateError: An older one is damaged.
         """
-        if name not in self.blocks:
+        if not self._is_kept(name, version):
             return None
-        newest = self.pointers[name]
-        if version == newest.version:
-            return Body(self._bodies[name], newest.sha256)
-        if not self._state.oldest_version(name) <= version < newest.version:
-            return None
-        body = self._old.pop((name, version), None) or self._read_body(name, version)
+        if version == self.pointers[name].version:
+            return self.newest(name)
+        if (name, version) not in self._old:
+            async with self._reading:
+                if (name, version) not in self._old and not await self._read_old(name, version):
+                    return None
+        body = self._old.pop((name, version))
         self._keep_old(name, version, body)
         return body
 
-    def _read_body(self, name: str, version: int) -> Body:
-        data = to_bytes(self._state.read_version(self.blocks[name], version)[0])
-        return Body(data, hashlib.sha256(data).hexdigest())
+    def _is_kept(self, name: str, version: int) -> bool:
+        if name not in self.blocks or version > self.pointers[name].version:
+            return False
+        return version >= self._state.oldest_version(name)
+
+    async def _read_old(self, name: str, version: int) -> bool:
+        """Whether it is in memory from now on: it may have been pruned meanwhile."""
+        stored = self._state.stored_version(self.blocks[name], version)
+        try:
+            self._keep_old(name, version, await asyncio.to_thread(_read_body, stored))
+        except StateError:
+            if self._is_kept(name, version):
+                raise
+            return False
+        return True
 
     def _keep_old(self, name: str, version: int, body: Body) -> None:
         self._old[name, version] = body
         while len(self._old) > 1 and sum(len(b.data) for b in self._old.values()) > MAX_OLD_BYTES:
             del self._old[next(iter(self._old))]
 
-    def next_version(
-        self, name: str, delta: Vector, optimizer: ServerOptimizer
-    ) -> NewVersion | None:
-        """What an optimizer makes of a block; None where that would not be finite.
+    def newest_stored(self, name: str) -> StoredVersion:
+        """Where the newest version of a shared block lies."""
+        return self._state.stored_version(self.blocks[name], self.pointers[name].version)
 
-        Private tensors keep their initial values, whatever a device may have sent there.
+    def make_next(
+        self, base: StoredVersion, delta: Vector, optimizer: ServerOptimizer
+    ) -> NextVersion | None:
+        """Writes what an optimizer makes of a block; None where that would not be finite.
+
+        Private tensors keep their initial values, whatever a device may have sent there. It may
+        be called on whatever thread.
+
+        Raises:
+            StateError: The disk does not read or write.
         """
-        block, version = self.blocks[name], self.pointers[name].version
-        before, state = self._state.read_version(block, version)
+        block = base.block
+        before, state = base.read()
         delta = withhold(block, self._private_tensors, delta)
         with np.errstate(over="ignore", invalid="ignore"):
             parameters, state = step(optimizer, block, before, delta, state)
@@ -133,16 +171,27 @@ class SharedBlocks:
             block, private_values(block, self._private_tensors, before), parameters
         )
         if not all(np.isfinite(array).all() for array in (parameters, *state.values())):
-            log.error("block %s keeps version %d: the next would not be finite", name, version)
+            log.error(
+                "block %s keeps version %d: the next would not be finite", block.name, base.version
+            )
             return None
-        return NewVersion(block, version + 1, parameters, state)
+        stored = self._state.write_version(NewVersion(block, base.version + 1, parameters, state))
+        return NextVersion(stored, _body_of(parameters))
 
-    def install(self, new: NewVersion) -> BlockVersion:
+    def install(self, made: NextVersion) -> BlockVersion:
         """Serves a version that the state has from now on."""
-        return self._install(new.block.name, new.version, new.parameters)
+        return self._install(made.stored.block.name, made.stored.version, made.body)
 
-    def _install(self, name: str, version: int, parameters: Vector) -> BlockVersion:
-        body = to_bytes(parameters)
-        pointer = BlockVersion(version, hashlib.sha256(body).hexdigest())
-        self._bodies[name], self.pointers[name] = body, pointer
-        return pointer
+    def _install(self, name: str, version: int, body: Body) -> BlockVersion:
+        self._bodies[name] = body
+        self.pointers[name] = BlockVersion(version, body.sha256)
+        return self.pointers[name]
+
+
+def _body_of(parameters: Vector) -> Body:
+    data = to_bytes(parameters)
+    return Body(data, hashlib.sha256(data).hexdigest())
+
+
+def _read_body(stored: StoredVersion) -> Body:
+    return _body_of(stored.read()[0])

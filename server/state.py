@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +33,21 @@ from .versions import (
     OLDEST,
     NewVersion,
     StateError,
+    StoredVersion,
     checksum,
-    read_version,
     version_path,
     write_version,
 )
 
-__all__ = ["Closing", "Entry", "NewVersion", "OpenRound", "ServerState", "StateError"]
+__all__ = [
+    "Closing",
+    "Entry",
+    "NewVersion",
+    "OpenRound",
+    "ServerState",
+    "StateError",
+    "StoredVersion",
+]
 
 _NEWEST = """
 (SELECT device, MAX(round_num) AS round_num, blocks FROM tasks
@@ -74,6 +83,7 @@ class ServerState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writing, self._is_closed = threading.Lock(), False
         try:
             (folder / "blocks").mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -101,6 +111,8 @@ class ServerState:
 
     def close(self) -> None:
         """Makes durable what is not, and lets another server open the folder."""
+        with self._writing:  # a thread may still be at a step
+            self._is_closed = True
         try:
             self._journal.close()
         finally:
@@ -222,24 +234,20 @@ class ServerState:
     def step(
         self,
         round_num: int,
-        versions: Collection[NewVersion],
+        versions: Collection[StoredVersion],
         outcomes: Mapping[bytes, int],
         closing: Closing | None,
     ) -> None:
-        """Writes new block versions and notes which updates they are made of, all or nothing.
-
-        A crash in between leaves files that nothing refers to; the same step, taken again from
-        the journal, writes the same bytes.
+        """Notes new block versions, and which updates they are made of, all or nothing.
 
         Args:
             round_num: The open one.
+            versions: As `write_version` has left them.
             outcomes: By update_id of a journaled update: the version that it went into, or 0
                 where it was dropped.
             closing: Closes the round with this step, and opens the next where it says so.
         """
         self._journal.commit()
-        for new in versions:
-            write_version(self.folder, new)
         with transaction(self._db):
             for new in versions:
                 self._insert_version(new, round_num)
@@ -325,9 +333,23 @@ class ServerState:
     def add_initial_version(self, block: Block, parameters: Vector) -> None:
         """Version 1 of a block, unless it has one."""
         if block.name not in self.newest_versions():
-            new = NewVersion(block, 1, parameters, {})
-            write_version(self.folder, new)
-            self._insert_version(new, 0)
+            self._insert_version(self.write_version(NewVersion(block, 1, parameters, {})), 0)
+
+    def write_version(self, new: NewVersion) -> StoredVersion:
+        """Writes a version's file, on whatever thread; it counts from the `step` on.
+
+        A crash in between leaves files that nothing refers to; the same step, taken again from
+        the journal, writes the same bytes.
+
+        Raises:
+            StateError: The disk refused, or the folder may be another server's by now.
+        """
+        digest = checksum(new.parameters, new.optimizer_state)
+        with self._writing:
+            if self._is_closed:
+                raise StateError(f"the data folder {self.folder} is closed")
+            path = write_version(self.folder, new)
+        return StoredVersion(new.block, new.version, path, digest)
 
     def prune_versions(self, keep: int) -> None:
         """Deletes the files of all but the newest ``keep`` versions of each block."""
@@ -349,19 +371,16 @@ class ServerState:
         rows = self._db.execute("SELECT block, MAX(version) FROM versions GROUP BY block")
         return {str(block): int(version) for block, version in rows}
 
-    def read_version(self, block: Block, version: int) -> tuple[Vector, OptimizerState]:
-        """The vector ``(size,)`` and optimizer state (empty before the block's first step).
-
-        Raises:
-            StateError: The file is missing or is not the one that was written.
-        """
+    def stored_version(self, block: Block, version: int) -> StoredVersion:
+        """Where a version lies; what is there can be read on whatever thread."""
         path = version_path(self.folder, block.name, version)
         query = "SELECT sha256 FROM versions WHERE block = ? AND version = ?"
         row = self._db.execute(query, (block.name, version)).fetchone()
-        vector, optimizer_state = read_version(path, block)
-        if row is None or checksum(vector, optimizer_state) != row[0]:
-            raise StateError(f"{path} is damaged: its checksum is not the recorded one")
-        return vector, optimizer_state
+        return StoredVersion(block, version, path, row[0] if row else "")
+
+    def read_version(self, block: Block, version: int) -> tuple[Vector, OptimizerState]:
+        """As `StoredVersion.read`."""
+        return self.stored_version(block, version).read()
 
     # Traffic
 
@@ -375,9 +394,8 @@ class ServerState:
                 [(*key, up, down) for key, (up, down) in counts.items()],
             )
 
-    def _insert_version(self, new: NewVersion, round_num: int) -> None:
-        digest = checksum(new.parameters, new.optimizer_state)
-        row = (new.block.name, new.version, digest, round_num)
+    def _insert_version(self, new: StoredVersion, round_num: int) -> None:
+        row = (new.block.name, new.version, new.sha256, round_num)
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", row)
 
 

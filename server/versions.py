@@ -36,13 +36,33 @@ class NewVersion(NamedTuple):
     optimizer_state: OptimizerState
 
 
+class StoredVersion(NamedTuple):
+    """A version's file, and the `checksum` of what was written to it."""
+
+    block: Block
+    version: int
+    path: Path
+    sha256: str
+
+    def read(self) -> tuple[Vector, OptimizerState]:
+        """The vector ``(size,)`` and optimizer state (empty before the block's first step).
+
+        Raises:
+            StateError: The file is missing or is not the one that was written.
+        """
+        vector, optimizer_state = read_version(self.path, self.block)
+        if checksum(vector, optimizer_state) != self.sha256:
+            raise StateError(f"{self.path} is damaged: its checksum is not the recorded one")
+        return vector, optimizer_state
+
+
 def version_path(folder: Path, block: str, version: int) -> Path:
     """Where a version lies in a data folder."""
     return folder / "blocks" / block / f"{version}.safetensors"
 
 
-def write_version(folder: Path, new: NewVersion) -> None:
-    """Writes a version's file, as a whole or not at all.
+def write_version(folder: Path, new: NewVersion) -> Path:
+    """Writes a version's file, as a whole or not at all; where.
 
     Raises:
         StateError: The disk refused.
@@ -60,6 +80,7 @@ def write_version(folder: Path, new: NewVersion) -> None:
         write_atomic(path, save(tensors, {_ORDER: order}), mode=0o644)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error}") from error
+    return path
 
 
 def read_version(path: Path, block: Block) -> tuple[Vector, OptimizerState]:

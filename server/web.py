@@ -207,7 +207,8 @@ class WebApp:
 
     async def _file(self, request: web.Request, device: str) -> web.StreamResponse:
         try:
-            file = self._catalog.find(device, request.path.removeprefix(f"/v1/{self.name}/"))
+            path = request.path.removeprefix(f"/v1/{self.name}/")
+            file = await self._catalog.find(device, path)
         except NotServedError as error:
             raise web.HTTPNotFound(text=str(error)) from error
         except NotHeldError as error:

@@ -309,9 +309,7 @@ def labels_of(manifest: ModelManifest, examples: Examples) -> dict[str, NDArray[
 
 def newest(federation: Federation, block: Block) -> Vector:
     """A shared block's newest version."""
-    body = federation.shared.body(block.name, federation.shared.versions[block.name])
-    assert body is not None
-    return from_bytes(body.data, block.size)
+    return from_bytes(federation.shared.newest(block.name).data, block.size)
 
 
 async def _all_or_first_failure(runs: Sequence[Any]) -> None:

@@ -197,7 +197,9 @@ def serve_folder(folder: Path, manifest: ModelManifest, vectors: Mapping[str, Ve
         state.step(
             number,
             [
-                NewVersion(b, number, vectors[b.name] + np.float32(10 - number), m)
+                state.write_version(
+                    NewVersion(b, number, vectors[b.name] + np.float32(10 - number), m)
+                )
                 for b, m in zip(blocks, momentum, strict=True)
             ],
             {},

@@ -433,9 +433,7 @@ class Run:
 
     def block(self, name: str) -> Vector:
         """The newest version of a shared block, as it is served."""
-        body = self.federation.shared.body(name, self.federation.shared.versions[name])
-        assert body is not None
-        return from_bytes(body.data, SIZES[name])
+        return from_bytes(self.federation.shared.newest(name).data, SIZES[name])
 
     async def finish_round(self, round_num: int, delta: float = 1.0, *devices: str) -> None:
         """Every device answers its task: all its blocks with ``delta``, then its report."""

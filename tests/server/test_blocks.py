@@ -80,7 +80,7 @@ async def test_frozen_blocks_are_neither_offered_nor_taken(site: Site) -> None:
         assert run.federation.shared.versions.keys() == TRAINABLE
         assert {name for name, _ in run.sender.versions} == TRAINABLE
         assert run.task("both", 1).blocks.keys() == TRAINABLE
-        assert run.federation.shared.body("backbone-acc", 1) is None
+        assert await run.federation.shared.body("backbone-acc", 1) is None
         update = block_update(site.manifest, "both", "backbone-acc", 1.0, 1, 1)
         refused = run.federation.on_update(update)
         assert refused.status == "rejected" and "was not asked for" in refused.reason

@@ -102,8 +102,11 @@ class Device:
 def long_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every file is `LONG`."""
     with monkeypatch.context() as patch:
-        long = File(hashlib.sha256(LONG).hexdigest(), len(LONG), LONG)
-        patch.setattr(Catalog, "find", lambda self, device, path: long)
+
+        async def find(self: Catalog, device: str, path: str) -> File:
+            return File(hashlib.sha256(LONG).hexdigest(), len(LONG), LONG)
+
+        patch.setattr(Catalog, "find", find)
         yield
 
 

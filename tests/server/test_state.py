@@ -70,7 +70,8 @@ def close_round(state: ServerState, versions: list[NewVersion]) -> None:
     """Closes round 1; what went into no version is dropped."""
     moved = {new.block.name: new.version for new in versions}
     outcomes = {update.update_id: moved.get(update.block, 0) for update in UPDATES}
-    state.step(1, versions, outcomes, Closing(NOW_S + 3, 0.5, num_late=4))
+    written = [state.write_version(new) for new in versions]
+    state.step(1, written, outcomes, Closing(NOW_S + 3, 0.5, num_late=4))
 
 
 def next_versions() -> list[NewVersion]:
@@ -305,7 +306,7 @@ def test_many_rounds_read_back_in_as_many_queries_as_few(state: ServerState) -> 
     for round_num in range(1, 12):
         state.open_round(round_num, {"watch": Assignment(round_num, frozenset({"head"}))}, NOW_S)
         step = [NewVersion(HEAD, round_num + 1, INITIAL["head"], {})] if round_num != 6 else []
-        state.step(round_num, step, {}, Closing(NOW_S + 1, None, 0))
+        state.step(round_num, [*map(state.write_version, step)], {}, Closing(NOW_S + 1, None, 0))
         if round_num == 6:  # the next is version 8: whatever comes is taken as it is
             assert state.history.rounds()[-1]["blocks"]["head"]["version"] == 6
         statements.clear()
@@ -331,7 +332,7 @@ def test_what_is_dropped_and_what_stands_out_is_said(state: ServerState) -> None
     for update in updates:
         state.journal_update(update)
     outcomes = {update.update_id: 2 * (update.block == "head") for update in updates}
-    moved = NewVersion(HEAD, 2, INITIAL["head"] + 1, {})
+    moved = state.write_version(NewVersion(HEAD, 2, INITIAL["head"] + 1, {}))
     state.step(1, [moved], outcomes, Closing(NOW_S + 1, None, num_late=0))
     [closed] = state.history.rounds()
     head, fusion = closed["blocks"]["head"], closed["blocks"]["fusion"]
@@ -346,7 +347,7 @@ def test_what_is_dropped_and_what_stands_out_is_said(state: ServerState) -> None
 
 def test_a_step_may_leave_the_round_open_or_open_the_next(state: ServerState) -> None:
     open_round(state, *UPDATES)
-    head = [new for new in next_versions() if new.block is HEAD]
+    head = [state.write_version(new) for new in next_versions() if new.block is HEAD]
     state.step(1, head, {UPDATES[0].update_id: 2, UPDATES[2].update_id: 2}, None)
     assert state.unclosed_round() == OpenRound(1, NOW_S)
     [left] = state.unconsumed_updates(BLOCKS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 
 import server.federation
-from petalfl.vectors import Vector
+import server.state
+import server.versions
+from petalfl.model import Block
+from petalfl.vectors import Vector, to_bytes
 from server.aggregators import Aggregator, weighted_mean
+from server.optimizers import ServerOptimizer, sgd
 from server.options import PerBlock
+from server.stepping import THREAD_NAME
+from server.versions import read_version, write_version
 from tests.server.builders import INITIAL, Run, Site, make_report, make_update, settle
 
 TIMEOUT_S = 60.0
@@ -111,6 +117,95 @@ async def test_a_stop_in_between_loses_nothing(site: Site, gate: Gate) -> None:
         await settle()
         assert versions(run)["head"] == 2
         np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 2)
+
+
+async def test_the_optimizer_runs_and_versions_are_written_off_the_loop(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As are the old ones read that a device asks for."""
+    threads: dict[str, set[threading.Thread]] = {"optimizer": set(), "write": set(), "read": set()}
+    optimizer = sgd()
+
+    def note(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            threads[what].add(threading.current_thread())
+            return work(*arguments)
+
+        return noted
+
+    def parse(text: str) -> ServerOptimizer:
+        return replace(optimizer, update=note("optimizer", optimizer.update))
+
+    monkeypatch.setattr(server.federation, "parse_optimizer", parse)
+    with site.run(ready=["watch"]) as run:
+        monkeypatch.setattr(server.state, "write_version", note("write", write_version))
+        monkeypatch.setattr(server.versions, "read_version", note("read", read_version))
+        await run.finish_round(1)
+        assert versions(run)["head"] == 2
+        assert await run.federation.shared.body("head", 1) is not None
+        assert all(threads.values())
+        assert threading.current_thread() not in set.union(*threads.values())
+
+
+async def test_old_versions_are_read_one_after_another_and_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, most, paths = 0, 0, list[str]()
+    lock = threading.Lock()
+
+    def read(path: Path, block: Block) -> Any:
+        nonlocal reading, most
+        with lock:
+            reading, most = reading + 1, max(most, reading + 1)
+            paths.append(path.parent.name)
+        try:
+            return read_version(path, block)
+        finally:
+            with lock:
+                reading -= 1
+
+    with site.run(ready=["watch"]) as run:
+        await run.finish_round(1)
+        monkeypatch.setattr(server.versions, "read_version", read)
+        wanted = ["head", "fusion", "head", "encoder-acc", "fusion", "head"]
+        bodies = await asyncio.gather(*[run.federation.shared.body(name, 1) for name in wanted])
+        assert [body and body.data for body in bodies] == [to_bytes(INITIAL[n]) for n in wanted]
+        assert most == 1 and sorted(paths) == ["encoder-acc", "fusion", "head"]
+
+
+async def test_a_version_that_is_pruned_while_it_is_read_is_not_there(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked, is_pruned = threading.Event(), threading.Event()
+
+    def read(path: Path, block: Block) -> Any:
+        is_asked.set()
+        assert is_pruned.wait(TIMEOUT_S)
+        return read_version(path, block)
+
+    with site.run(ready=["watch"], keep_versions=2) as run:
+        await run.finish_round(1)
+        monkeypatch.setattr(server.versions, "read_version", read)
+        asked = asyncio.create_task(run.federation.shared.body("head", 1))
+        while not is_asked.is_set():
+            await asyncio.sleep(0.001)
+        run.state.prune_versions(1)
+        is_pruned.set()
+        assert await asked is None
+
+
+async def test_a_step_given_up_writes_nothing_into_a_folder_that_is_another_servers(
+    site: Site, gate: Gate
+) -> None:
+    with site.run(ready=["watch"]) as run:
+        run.federation.on_update(make_update("watch", "head", 1.0))
+        run.federation.on_report("watch", make_report("watch"))
+        await gate.reached()
+    [left] = [one for one in threading.enumerate() if one.name == THREAD_NAME]
+    before = sorted(site.data_dir.rglob("*.safetensors"))
+    gate.is_open.set()
+    await asyncio.to_thread(left.join)
+    assert sorted(site.data_dir.rglob("*.safetensors")) == before
 
 
 async def test_an_aggregation_that_fails_is_tried_again(
