@@ -18,6 +18,7 @@ from .memory import keep_freed_memory
 from .options import add_flags
 from .service import load_models, serve
 from .settings import resolve
+from .stepping import is_stepping
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,20 @@ def _serve(options: argparse.Namespace) -> int:
     keep_freed_memory()
     models = load_models(effective)
     asyncio.run(serve(effective, models, lambda: resolve(vars(options), os.environ)))
+    if is_stepping():
+        _leave()
     return 0
+
+
+def _leave() -> None:
+    """Ends the process with a step in it, for which Python would wait however long it takes.
+
+    Nothing is lost: the state is closed to it, and what it was made of is in the journal.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _check_config(options: argparse.Namespace) -> int:
