@@ -81,6 +81,11 @@ class Buffer:
         """The devices that the updates came from."""
         return len(self._holders)
 
+    @property
+    def keeps_deltas(self) -> bool:
+        """Whether what is added waits for `result` as it came."""
+        return self._is_ordered or self._aggregator.has_votes or self._aggregator.keeps_deltas
+
     def add(self, update: BlockUpdate, weight: float) -> None:
         """Counts an update; that it is counted once is for the caller to see to."""
         delta = update.encoded

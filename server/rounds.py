@@ -80,7 +80,8 @@ class Round:
         max_staleness: An update may be based on a version so much older than the newest.
         max_norm: A longer delta is scaled down to it; 0: never.
         is_deterministic: The order in which updates arrive makes no difference at all.
-        new_keep: Called for each block and version; as of `Buffer`.
+        new_keep: Called for each block and version; as of `Buffer`. To keep a delta again
+            changes nothing.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Round:
         self._versions = dict(versions)
         self._blocks = blocks
         self._held: dict[str, list[BlockUpdate]] = {}
+        self._keep_held = new_keep()
         self._weigh = weigh
         self._max_staleness = max_staleness
         self._max_norm = max_norm
@@ -190,6 +192,8 @@ class Round:
             return
         self.note(update.device, update.block, update.update_id)
         if update.block in self._held:
+            if self.buffers[update.block].keeps_deltas:
+                update = replace(update, encoded=self._keep_held(update.encoded))
             self._held[update.block].append(update)
         else:
             self.buffer(update)
@@ -209,6 +213,7 @@ class Round:
     def hold(self, blocks: Collection[str]) -> None:
         """Leaves those blocks' buffers as they are: updates that come wait for `release`."""
         self._held = {name: [] for name in blocks}
+        self._keep_held = self._new_keep()
 
     def release(self) -> None:
         """Buffers what came since `hold`, by the versions that there are now."""

@@ -17,12 +17,14 @@ import server.state
 import server.versions
 from petalfl.model import Block
 from petalfl.vectors import Vector, to_bytes
-from server.aggregators import Aggregator, weighted_mean
+from server.aggregators import Aggregator, median, weighted_mean
 from server.optimizers import ServerOptimizer, sgd
 from server.options import PerBlock
+from server.rounds import Assignment, Round
+from server.spill import Spill
 from server.stepping import THREAD_NAME
 from server.versions import read_version, write_version
-from tests.server.builders import INITIAL, Run, Site, make_report, make_update, settle
+from tests.server.builders import BLOCKS, INITIAL, Run, Site, make_report, make_update, settle
 
 TIMEOUT_S = 60.0
 
@@ -104,6 +106,28 @@ async def test_an_update_of_a_block_that_steps_goes_into_its_next_buffer(
         np.testing.assert_allclose(run.block("head"), INITIAL["head"] + 4, rtol=1e-6)
         assert run.federation.round is not None
         assert len(run.federation.round.buffers["fusion"]) == 1
+
+
+def test_what_comes_while_a_block_steps_is_kept_where_its_buffer_keeps_it(
+    tmp_path: Path,
+) -> None:
+    """Not in memory, and in files that do not go with the buffer that steps."""
+    stepping = Round(
+        1, {"head": 1}, {"head": BLOCKS["head"]}, median(), new_keep=lambda: Spill(tmp_path).keep
+    )
+    for name in ("watch", "phone", "both"):
+        stepping.assign(name, Assignment(1, frozenset(["head"])))
+    stepping.add(make_update("watch", "head", 1.0))
+    stepping.hold(["head"])
+    stepping.add(make_update("phone", "head", 3.0))
+    [held] = stepping._held["head"]
+    assert not held.encoded.payload
+    stepping.step("head", 2, median())
+    stepping.release()
+    stepping.buffer(make_update("both", "head", 5.0, base_version=2))
+    found = stepping.results(["head"])["head"]
+    assert found.holders == ("both", "phone")
+    np.testing.assert_array_equal(found.delta, np.full(8, 4.0, np.float32))
 
 
 async def test_a_stop_in_between_loses_nothing(site: Site, gate: Gate) -> None:
