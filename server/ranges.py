@@ -6,6 +6,7 @@ Source: RFC 9110, sections 8.8.3, 13.1 and 14.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from aiohttp import web
@@ -80,6 +81,8 @@ def _range(request: web.Request, file: File) -> tuple[int, int]:
     is_other = request.headers.get("If-Range", f'"{file.sha256}"') != f'"{file.sha256}"'
     if request.method != "GET" or is_other:
         return 0, file.num_bytes
+    if re.fullmatch("bytes=-0+", request.headers.get("Range", "")):  # the last 0: of no byte
+        return file.num_bytes, file.num_bytes
     try:
         start, end, _ = request.http_range.indices(file.num_bytes)
     except ValueError:
