@@ -220,6 +220,12 @@ class Federation:
         self._advance_soon()
         return wire.Receipt(report.update_id, "accepted")
 
+    def on_excuse(self, device: str, excuse: wire.Excuse) -> None:
+        """Waits for the device no longer than for those that do report."""
+        if self.round is not None and self.round.excuse(device, excuse.round_num):
+            log.info("round %d: device %s leaves it out", self.round_num, device)
+            self._advance_soon()
+
     async def commit(self) -> None:
         """Makes durable what has been accepted so far; receipts wait for it."""
         await self._state.commit()
@@ -466,6 +472,7 @@ class Federation:
             if asked and not asked & held:  # it came back without any of them
                 self.round.give_up(device)
                 return
+            self.round.expect(device)  # it may have something to train on by now
             if not self.round.is_open(device):
                 now_s = asyncio.get_running_loop().time()
                 self.round.reopen(device, now_s + self.config.deadline_s)

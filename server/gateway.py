@@ -55,6 +55,9 @@ class Judge(Protocol):
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
         """A device has trained its round."""
 
+    def on_excuse(self, device: str, excuse: wire.Excuse) -> None:
+        """A device leaves its task out."""
+
     async def commit(self) -> None:
         """Makes durable what has been accepted so far."""
 
@@ -165,6 +168,9 @@ class Gateway:
                 if receipt.status == "rejected":
                     self._conduct.note(device, len(payload))
                 self._answer(device, receipt)
+            elif kind == "req" and isinstance(message, wire.Excuse):
+                self._conduct.note(device, len(payload))
+                self._judge.on_excuse(device, message)
             elif kind == "req" and isinstance(message, wire.Fetch):
                 if not self._fetch(device, message):
                     self._conduct.note(device, len(payload))

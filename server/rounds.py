@@ -104,6 +104,7 @@ class Round:
         self._new_keep = new_keep
         self.buffers = {name: self._buffer(block, aggregator) for name, block in blocks.items()}
         self._open: dict[str, float] = {}  # deadlines of those at work, the earliest first
+        self._excused: set[str] = set()  # those of them that leave their task out
         self._sent: dict[str, dict[str, bytes]] = {}  # by device and block: an update_id
         self._versions = dict(versions)
         self._blocks = blocks
@@ -131,6 +132,22 @@ class Round:
     def give_up(self, device: str) -> None:
         """Waits no longer for a device; what it sends counts as before."""
         self._open.pop(device, None)
+        self._excused.discard(device)
+
+    def excuse(self, device: str, round_num: int) -> bool:
+        """Whether a device is at work on that task, which it leaves out.
+
+        It keeps its deadline: where nobody has reported, a round that closed at once would be
+        followed by others like it.
+        """
+        if not self.is_open(device) or self.cohort[device].round_num != round_num:
+            return False
+        self._excused.add(device)
+        return True
+
+    def expect(self, device: str) -> None:
+        """Waits for a device, whatever it has said before."""
+        self._excused.discard(device)
 
     def is_open(self, device: str) -> bool:
         """Whether the device was asked and has neither reported nor missed its deadline."""
@@ -150,12 +167,16 @@ class Round:
         """The devices that have missed their deadline: nobody waits for them any longer."""
         missed = [device for device, deadline_s in self._open.items() if deadline_s <= now_s]
         for device in missed:
-            del self._open[device]
+            self.give_up(device)
         return missed
 
     def is_complete(self, num_enough: int) -> bool:
-        """Whether so many devices have reported, or all that still may."""
-        return len(self.reports) >= num_enough or not self._open
+        """Whether so many devices have reported, or all that still may.
+
+        Those that are excused are waited for only where there is no report at all.
+        """
+        waited_for = self._open.keys() - (self._excused if self.reports else set())
+        return len(self.reports) >= num_enough or not waited_for
 
     # Updates
 

@@ -213,6 +213,7 @@ class Participation:
                 is_trained = await self._call(trainer.train_round, task)
                 self.announce_changes()  # an example store may have lost the last of a modality
                 if not is_trained:
+                    await self._excuse(task)
                     continue
             elif task.round_num < trainer.state.round_num or not trainer.state.outbox:
                 # A replay; or the server has gone back to a backup, and then it says it again.
@@ -221,6 +222,13 @@ class Participation:
                 self._announce_soon()
                 continue
             await self._inbox.unless_over(task.round_num, self._deliver_outbox(uplink))
+
+    async def _excuse(self, task: wire.Task) -> None:
+        """Says that the others need not wait for this device's report."""
+        assert self._transport is not None
+        excuse = wire.encode(wire.Excuse(task.round_num))
+        with contextlib.suppress(TransportError):
+            await self._transport.publish(self._topic(topics.request), excuse)
 
     async def _has_room(self, task: wire.Task | wire.Finish) -> bool:
         """Whether the day's bytes allow for the task; if not, the device has rested until then."""
@@ -242,6 +250,8 @@ class Participation:
         self._callbacks.survived(PetalError(reason))
         self._is_resting = True
         try:
+            if isinstance(task, wire.Task):
+                await self._excuse(task)
             with contextlib.suppress(TransportError):
                 await self._publish_status(False)
             await self._call(meter.save)

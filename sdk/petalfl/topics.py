@@ -38,7 +38,7 @@ def all_down(federation: str, device: str) -> str:
 
 
 def request(federation: str, device: str) -> str:
-    """A device's `Ready`, retained so that a restarted server finds it, `Report` and `Fetch`."""
+    """A device's `Ready`, retained for a restarted server, `Report`, `Excuse` and `Fetch`."""
     return f"fl/v1/{_checked(federation)}/req/{_checked(device)}"
 
 

@@ -158,6 +158,13 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Excuse:
+    """A device leaves its task out: it has nothing to train on, say, and will not report."""
+
+    round_num: Positive
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """A device without HTTP wants bytes ``[offset, offset + num_bytes)`` of a file.
 
@@ -211,6 +218,7 @@ Message: TypeAlias = (
     | BlockVersion
     | Task
     | Finish
+    | Excuse
     | Fetch
     | Part
     | Declined
@@ -227,6 +235,7 @@ _TYPES: dict[str, type[Message]] = {
     "version": BlockVersion,
     "task": Task,
     "finish": Finish,
+    "excuse": Excuse,
     "fetch": Fetch,
     "part": Part,
     "declined": Declined,

@@ -19,6 +19,7 @@ from petalfl.wire import (
     BlockVersion,
     Chunk,
     Declined,
+    Excuse,
     Fetch,
     Fin,
     Finish,
@@ -104,6 +105,10 @@ GOLDEN: dict[str, tuple[Message, str]] = {
         Finish({"fusion": BlockVersion(9, SHA)}),
         "83 a176 02  a174 a6 66696e697368"
         "a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 09 " + SHA_HEX,
+    ),
+    "excuse": (
+        Excuse(3),
+        "83 a176 02  a174 a6 657863757365  a9 726f756e645f6e756d 03",
     ),
     "fetch": (
         Fetch("blocks/head/7", 122880, 4096),

@@ -13,6 +13,7 @@ import pytest
 
 import petalfl.training
 from petalfl import (
+    Budgets,
     DataError,
     EdgeClient,
     PetalError,
@@ -70,6 +71,25 @@ def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) 
 
     asyncio.run(scenario())
     until(lambda: not is_ready(idle, "cancelled"), "the device is gone", 1.5)
+
+
+def test_no_round_waits_for_a_device_that_leaves_it_out(
+    small_artifacts: Path, tmp_path: Path, make: Make
+) -> None:
+    """Its deadline is far away; it takes part in the end nevertheless."""
+    errors: list[PetalError] = []
+    arguments = ("--rounds", "2", "--min-devices", "2", "--batch-size", "4", "--deadline", "3600")
+    with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
+        hasty = make(server, "hasty", budgets=Budgets(seconds=1e-9), on_error=errors.append)
+        busy = make(server, "busy")
+        with running(hasty), running(busy):
+            until(lambda: server.get("status")["is_finished"], "two rounds", 30)
+            until(lambda: is_gone(server, "hasty") and is_gone(server, "busy"), "both end", 30)
+        assert [str(error)[:21] for error in errors] == [
+            "round 1 is left out: ", "round 2 is left out: "
+        ]  # fmt: skip
+        [first, _] = server.get("rounds")
+        assert (first["cohort_size"], first["num_reports"]) == (2, 1)
 
 
 def test_when_it_is_over_there_is_no_more_training(busy: Server, make: Make) -> None:

@@ -25,6 +25,7 @@ from petalfl.wire import (
     BlockVersion,
     Chunk,
     Declined,
+    Excuse,
     Fetch,
     Fin,
     Finish,
@@ -94,6 +95,7 @@ MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     BlockVersion: VERSIONS,
     Task: st.builds(Task, POSITIVES, COUNTS, HYPERPARAMETERS, COUNTS, BLOCKS),
     Finish: st.builds(Finish, BLOCKS),
+    Excuse: st.builds(Excuse, POSITIVES),
     Fetch: st.builds(
         Fetch, PATHS, COUNTS, st.integers(1, MAX_FETCH_BYTES), st.binary(max_size=8),
         st.none() | SHAS,

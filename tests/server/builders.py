@@ -253,6 +253,7 @@ class FakeJudge:
 
     updates: list[wire.BlockUpdate] = field(default_factory=list)
     reports: list[tuple[str, wire.Report]] = field(default_factory=list)
+    excuses: list[tuple[str, wire.Excuse]] = field(default_factory=list)
     ready: list[tuple[str, wire.Ready]] = field(default_factory=list)
     offline: list[str] = field(default_factory=list)
     bytes_up: list[tuple[str, str, int]] = field(default_factory=list)
@@ -280,6 +281,9 @@ class FakeJudge:
     def on_report(self, device: str, report: wire.Report) -> wire.Receipt:
         self.reports.append((device, report))
         return wire.Receipt(report.update_id, "accepted")
+
+    def on_excuse(self, device: str, excuse: wire.Excuse) -> None:
+        self.excuses.append((device, excuse))
 
     async def commit(self) -> None:
         self.num_commits += 1

@@ -656,6 +656,26 @@ async def test_a_round_over_the_broker(site: Site) -> None:
         assert door.transport.raised == []
 
 
+async def test_a_round_closes_without_a_device_that_leaves_it_out(site: Site) -> None:
+    with site.run(ready=["phone"], min_devices=2) as run:
+        door = await Door(site.manifest, run.federation).open()
+        run.federation.start(door.gateway)
+        await door.request(wire.Ready(("acc",), ("head",)))
+        await run.federation.commit()
+        run.federation.on_update(make_update("phone", "head", 1.0))
+        run.federation.on_report("phone", make_report("phone"))
+        await settle()
+        assert run.federation.round_num == 1, "the watch may still answer"
+        await door.request(wire.Excuse(9))
+        assert run.federation.round_num == 1, "no round of today"
+        await door.request(wire.Excuse(1))
+        assert run.federation.round_num == 2
+        assert run.federation.shared.versions["head"] == 2
+        assert door.receipts == [] and door.gateway.refused == {}
+        await door.request(wire.Excuse(2))
+        assert run.federation.round_num == 2
+
+
 async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
     with site.run(min_devices=2) as run:
         door = await Door(site.manifest, run.federation).open()

@@ -350,13 +350,18 @@ ON_UPDATES: list[wire.Message] = [
     wire.Status(False),
     wire.Ready(("acc",), ("head",)),
     make_report(DEVICE),
+    wire.Excuse(1),
     wire.Receipt(UPDATE.update_id, "accepted"),
     wire.BlockVersion(1, "0" * 64),
     TASK,
     wire.Finish({}),
 ]
 ON_REQUESTS: list[wire.Message] = [
-    *[message for message in ON_UPDATES if not isinstance(message, (wire.Ready, wire.Report))],
+    *[
+        message
+        for message in ON_UPDATES
+        if not isinstance(message, (wire.Ready, wire.Report, wire.Excuse))
+    ],
     BEGIN,
     CHUNKS[0],
     FIN,
@@ -492,10 +497,12 @@ async def test_ready_reports_and_departures_reach_the_judge(gate: Gate) -> None:
     await gate.request(wire.Ready(("acc", "gyro"), ("head",)))
     await gate.request(make_report(DEVICE))
     await gate.publish(topics.status(FED, DEVICE), wire.Status(is_online=True))
+    await gate.request(wire.Excuse(2))
     assert gate.judge.offline == []
     await gate.publish(topics.status(FED, DEVICE), wire.Status(is_online=False))
     assert gate.judge.ready == [(DEVICE, wire.Ready(("acc", "gyro"), ("head",)))]
     assert gate.judge.reports == [(DEVICE, make_report(DEVICE))]
+    assert gate.judge.excuses == [(DEVICE, wire.Excuse(2))]
     assert gate.judge.offline == [DEVICE]
     assert gate.receipts == [wire.Receipt(make_report(DEVICE).update_id, "accepted")]
 

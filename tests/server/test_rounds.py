@@ -267,6 +267,41 @@ def test_a_device_that_is_given_up_is_not_waited_for() -> None:
     assert target.is_complete(3)
 
 
+def test_an_excused_device_is_not_waited_for_once_another_has_reported() -> None:
+    target = new_round()
+    assert target.excuse("both", ROUND) and target.excuse("watch", ROUND)
+    assert not target.is_complete(2), "there is no report yet, and the phone is at work"
+    target.report("phone", make_report("phone", round_num=ROUND))
+    assert target.is_complete(2)
+    assert target.refuse("both", update("both", "head")) is None, "what it sends counts as before"
+    target.expect("both")
+    assert not target.is_complete(2), "it has its task again"
+    target.excuse("both", ROUND)
+    assert target.is_complete(2)
+
+
+def test_a_round_that_all_leave_out_waits_for_its_deadline() -> None:
+    """The next would be left out at once, too, and the one after it."""
+    target = new_round()
+    for device in COHORT:
+        assert target.excuse(device, ROUND)
+    assert not target.is_complete(3)
+    assert sorted(target.expire(11.0)) == sorted(COHORT)
+    assert target.is_complete(3)
+
+
+def test_only_a_device_at_work_can_leave_its_task_out() -> None:
+    target = new_round()
+    target.report("phone", make_report("phone", round_num=ROUND))
+    assert not target.excuse("watch", ROUND + 1)
+    assert not target.excuse("phone", ROUND)
+    assert not target.excuse("nobody", ROUND)
+    target.excuse("watch", ROUND)
+    target.assign("watch", Assignment(ROUND + 1, COHORT["watch"]), deadline_s=10.0)
+    target.report("both", make_report("both", round_num=ROUND))
+    assert not target.is_complete(3), "its next task is another"
+
+
 def test_the_earliest_deadline_comes_first_whatever_was_assigned_again() -> None:
     target = new_round()
     target.assign("both", Assignment(ROUND + 1, COHORT["both"]), deadline_s=20.0)
