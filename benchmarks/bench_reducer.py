@@ -26,6 +26,7 @@ from benchmarks.bench_canonical import table
 from benchmarks.machine import describe_machine
 from benchmarks.reducer_rules import Row, measure
 from petalfl.codecs import parse_codec
+from petalfl.model import Block
 from petalfl.payloads import EncodedDelta, parse_payload
 from petalfl.vectors import Vector
 from server.aggregators import weighted_mean
@@ -129,11 +130,12 @@ def sum_rows(num_updates: int, size: int, options: argparse.Namespace) -> list[R
         measured(FLOOR, "f32", lambda: [row.max() for row in matrix]),
         measured(BLAS, "f32", lambda: weights @ matrix),
     ]
+    block = make_block("head", "head", ("acc",), {"w": (size,)})[0]
     for codec in options.codecs:
-        deltas = _encoded(matrix, codec)
+        deltas = _encoded(block, matrix, codec)
         for name in options.backends:
             with use(choose(name)):
-                rows.append(measured(f"petalfl, {name}", codec, partial(mean_of, deltas)))
+                rows.append(measured(f"petalfl, {name}", codec, partial(mean_of, block, deltas)))
         del deltas
     return rows
 
@@ -149,18 +151,16 @@ def peer_rows(num_updates: int, size: int, options: argparse.Namespace) -> list[
     ]
 
 
-def _encoded(matrix: NDArray[np.float32], codec: str) -> list[EncodedDelta]:
-    block = make_block("head", "head", ("acc",), {"w": (matrix.shape[1],)})[0]
+def _encoded(block: Block, matrix: NDArray[np.float32], codec: str) -> list[EncodedDelta]:
     rng, known = np.random.default_rng(0), parse_codec(codec)
     if codec == "f32":  # as they are, without a copy
         return [parse_payload(known, block, row.data.cast("B")) for row in matrix]
     return [parse_payload(known, block, known.encode(row, rng)) for row in matrix]
 
 
-def mean_of(deltas: Sequence[EncodedDelta]) -> Vector | None:
+def mean_of(block: Block, deltas: Sequence[EncodedDelta]) -> Vector | None:
     """As a server takes it."""
     aggregator = weighted_mean()
-    block = make_block("head", "head", ("acc",), {"w": (deltas[0].size,)})[0]
     state = aggregator.init(block)
     for k, delta in enumerate(deltas):
         state = aggregator.accumulate(state, delta, k + 1.0)

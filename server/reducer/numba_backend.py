@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from petalfl.codecs import Encoded, parse_codec
-from petalfl.codecs.encoded import ALIGN, GROUP
-from petalfl.vectors import Vector
+from petalfl.codecs.encoded import GROUP
 
 from . import numba_kernels as kernels
 from .rules.tiles import num_cores
 
-TILE = 1 << 17  # values: the sum's part is 1 MiB, the L2 cache of a core
-ROWS = 8  # vectors that a kernel takes
-_DENSE = {"f32": kernels.fold_f32, "f16": kernels.fold_f16, "bf16": kernels.fold_bf16}
+SHARES = 4  # of a thread: who is done with one takes another's
+Sum: TypeAlias = NDArray[np.float64]
 
 
 class NumbaBackend:
@@ -42,97 +40,68 @@ class NumbaBackend:
         """Library, version and threads."""
         return f"numba {numba.__version__}, {self._num_threads} threads"
 
-    def fold(
-        self, total: NDArray[np.float64], vectors: Sequence[Encoded], factors: NDArray[np.float64]
-    ) -> None:
-        """As of `Backend`; every value is summed in the order of ``vectors``, by form."""
-        batches = _batches(vectors)
-        starts = range(0, total.size, TILE)
-        if len(starts) == 1 or self._num_threads == 1:
-            for start in starts:
-                _fold_tile(total, start, batches, vectors, factors)
-        else:
-            work = self._pool.map(
-                _fold_tile, repeat(total), starts, repeat(batches), repeat(vectors), repeat(factors)
-            )
-            for _ in work:
-                pass
+    def fold(self, total: Sum, vectors: Sequence[Encoded], factors: NDArray[np.float64]) -> None:
+        """As of `Backend`; every value is summed in the order of ``vectors``, by form.
+
+        Raises:
+            ValueError: A vector is of another length.
+        """
+        if any(vector.size != total.size for vector in vectors):
+            sizes = sorted({vector.size for vector in vectors})
+            raise ValueError(f"vectors of {sizes} values, expected {total.size}")
+        passes = [
+            _pass([vectors[k] for k in chosen], factors[chosen]) for chosen in _by_form(vectors)
+        ]
+
+        def work(start: int, stop: int) -> None:
+            for add in passes:
+                add(total, start, stop)
+
+        if self._num_threads == 1 or total.size <= kernels.TILE:
+            work(0, total.size)
+            return
+        width = math.ceil(total.size / (SHARES * self._num_threads * kernels.TILE)) * kernels.TILE
+        edges = [*range(0, total.size, width), total.size]
+        for _ in self._pool.map(work, edges, edges[1:]):
+            pass
 
 
-def _batches(vectors: Sequence[Encoded]) -> list[list[int]]:
-    """Which vectors go into a kernel together: dense ones of a form, or a sparse one alone."""
-    by_form: dict[str, list[int]] = {}
+def _by_form(vectors: Sequence[Encoded]) -> list[list[int]]:
+    """Which vectors a kernel takes together."""
+    found: dict[tuple[str, bool], list[int]] = {}
     for k, vector in enumerate(vectors):
-        form = vector.form if vector.bitmap is None else f"sparse {k}"
-        by_form.setdefault(form, []).append(k)
-    return [ks[i : i + ROWS] for ks in by_form.values() for i in range(0, len(ks), ROWS)]
+        found.setdefault((vector.form, vector.bitmap is None), []).append(k)
+    return list(found.values())
 
 
-def _fold_tile(
-    total: NDArray[np.float64],
-    start: int,
-    batches: Sequence[Sequence[int]],
-    vectors: Sequence[Encoded],
-    factors: NDArray[np.float64],
-) -> None:
-    stop = min(start + TILE, total.size)
-    for batch in batches:
-        if vectors[batch[0]].bitmap is None:
-            _fold_dense(total, start, stop, [vectors[k] for k in batch], factors[batch])
-        else:
-            _fold_sparse(total, start, stop, vectors[batch[0]], factors[batch[0]])
+def _pass(
+    vectors: Sequence[Encoded], factors: NDArray[np.float64]
+) -> Callable[[Sum, int, int], None]:
+    """What adds vectors of one form to a sum, from a multiple of `kernels.TILE` on."""
+    is_dense, dtype = vectors[0].bitmap is None, kernels.FORMS[vectors[0].form]
+    values = _addresses([vector.values for vector in vectors])
+    has_scales = vectors[0].form == "int8"
+    scales = _addresses([vector.scales for vector in vectors]) if has_scales else values
+    if is_dense:
+        fill = [0] * (-len(vectors) % kernels.ROWS)  # with the first vector, times 0
+        places = [*range(len(vectors)), *fill]
+        values, scales = values[places], scales[places]
+        factors = np.concatenate([factors, fill])
+        return lambda total, start, stop: kernels.fold_dense(
+            total, values, scales, factors, start, stop, dtype
+        )
+    bitmaps = _addresses([vector.bitmap for vector in vectors])
+    starts = _addresses([vector.starts for vector in vectors])
+    return lambda total, start, stop: kernels.fold_sparse(
+        total, bitmaps, starts, values, scales, factors, start, stop, dtype
+    )
 
 
-def _fold_dense(
-    total: NDArray[np.float64],
-    start: int,
-    stop: int,
-    vectors: Sequence[Encoded],
-    factors: NDArray[np.float64],
-) -> None:
-    weights = np.zeros(ROWS)
-    weights[: len(vectors)] = factors
-    rows = [*vectors, *[vectors[0]] * (ROWS - len(vectors))]  # of weight 0
-    values = [_read_only(row.values[start:stop]) for row in rows]
-    if rows[0].form == "int8":
-        scales = [row.scales[start // GROUP :] for row in rows]
-        _fold_int8(total[start:stop], values, scales, weights)
-    else:
-        _DENSE[rows[0].form](total[start:stop], *values, weights)
-
-
-def _fold_int8(
-    total: NDArray[np.float64],
-    levels: Sequence[NDArray[np.int8]],
-    scales: Sequence[Vector],
-    weights: NDArray[np.float64],
-) -> None:
-    num_full = total.size // GROUP
-    end = num_full * GROUP
-    shares = np.stack([s[:num_full] for s in scales], axis=1) * weights
-    kernels.fold_int8_groups(total[:end], *[one[:end] for one in levels], shares)
-    if end < total.size:
-        last = weights * [s[num_full] for s in scales]
-        kernels.fold_int8(total[end:], *[one[end:] for one in levels], last)
-
-
-def _fold_sparse(
-    total: NDArray[np.float64], start: int, stop: int, vector: Encoded, factor: float
-) -> None:
-    assert vector.bitmap is not None and vector.starts is not None
-    bitmap = _read_only(vector.bitmap[start // 8 : -(-stop // 8)])
-    values, first = _read_only(vector.values[:]), vector.starts[start // ALIGN]
-    if vector.form == "int8":
-        scales = _read_only(vector.scales[:])
-        kernels.fold_sparse_int8(total[start:stop], bitmap, values, scales, first, factor)
-    else:
-        kernels.fold_sparse_f32(total[start:stop], bitmap, values, first, factor)
-
-
-def _read_only(view: NDArray[Any]) -> NDArray[Any]:
-    """The same view: numba compiles anew for every mixture of arrays that can be written to."""
-    view.flags.writeable = False
-    return view
+def _addresses(arrays: Sequence[NDArray[Any] | None]) -> NDArray[np.uint64]:
+    """The memory of each, which must have no gaps."""
+    if not all(array is not None and array.flags.c_contiguous for array in arrays):
+        raise ValueError("an encoded vector has an array with gaps, or has none")
+    return np.array([kernels.address(array) for array in arrays], np.uint64)
 
 
 def _warm_up(backend: NumbaBackend) -> None:

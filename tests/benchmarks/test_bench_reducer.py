@@ -9,6 +9,7 @@ import pytest
 from benchmarks import bench_reducer, reducer_gpu
 from benchmarks.bench_reducer import BLAS, FLOOR, mean_of
 from petalfl.payloads import plain_delta
+from tests.server.builders import make_block
 
 SMALL = ("--work", "9x3000,3x5000", "--backends", "numpy", "--codecs", "f32,int8", "--repeats", "2")
 
@@ -30,7 +31,8 @@ def test_the_sums(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_timed_is_the_mean() -> None:
     vectors = np.random.default_rng(0).standard_normal((5, 100), np.float32)
-    found = mean_of([plain_delta(vector) for vector in vectors])
+    block = make_block("head", "head", ("acc",), {"w": (100,)})[0]
+    found = mean_of(block, [plain_delta(vector) for vector in vectors])
     expected = np.average(vectors.astype(np.float64), axis=0, weights=[1, 2, 3, 4, 5])
     assert found is not None
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,17 @@ def test_what_is_summed_is_added(backend: Backend) -> None:
     total = np.full(300, 5.0)
     backend.fold(total, vectors, factors)
     np.testing.assert_allclose(total, 5 + summed(backend, vectors, factors), rtol=1e-15)
+
+
+def test_compiled_kernels_read_no_vector_beyond_its_end() -> None:
+    pytest.importorskip("numba")
+    backend, rng = choose("numba"), np.random.default_rng(7)
+    vectors = [encoded("f32", size, rng) for size in (300, 200)]
+    with pytest.raises(ValueError, match=r"vectors of \[200, 300\] values, expected 300"):
+        backend.fold(np.zeros(300), vectors, np.ones(2))
+    gaps = replace(vectors[0], values=np.ones(600, np.float32)[::2])
+    with pytest.raises(ValueError, match="an array with gaps"):
+        backend.fold(np.zeros(300), [gaps], np.ones(1))
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk-int8:0.1"])
