@@ -21,7 +21,9 @@ READY_MADE = os.environ.get("PETALFL_TEST_ARTIFACTS")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no failure.
-hypothesis.settings.register_profile("petalfl", deadline=None)
+hypothesis.settings.register_profile(
+    "petalfl", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("petalfl")
 
 # torch and export are imported by the fixtures alone: most tests need neither.

@@ -51,7 +51,7 @@ def mosquitto(
         yield f"{scheme}://{ADMIN}:an%20admin%27s%20p%40ss%2Fword@127.0.0.1:{port}"
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(30)
 
 
 def _config(port: int, logins: Path) -> str:
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def _wait_for(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(500):
+    for _ in range(3000):
         if child.poll() is not None:
             raise RuntimeError(f"mosquitto ended with code {child.returncode}: {log.read_text()}")
         try:

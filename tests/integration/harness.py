@@ -31,9 +31,10 @@ from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
-RUN_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
+RUN_TIMEOUT_S = 120.0
+WAIT_TIMEOUT_S = 60.0
 
 
 class Server:
@@ -106,12 +107,12 @@ class Server:
         headers = {"Authorization": authorization or f"Bearer {self.token}"}
         request = urllib.request.Request(f"{self.url}/v1/{federation}/{what}", headers=headers)
         context = self.tls.context() if self.tls else None
-        with urllib.request.urlopen(request, timeout=10, context=context) as response:
+        with urllib.request.urlopen(request, timeout=30, context=context) as response:
             return json.load(response)
 
     async def until(self, is_so: Any, what: str) -> None:
         """Waits until ``is_so(status)`` holds."""
-        give_up_s = time.monotonic() + 20
+        give_up_s = time.monotonic() + WAIT_TIMEOUT_S
         while not is_so(status := await asyncio.to_thread(self.get, "status")):
             assert time.monotonic() < give_up_s, f"waited for {what}: {status}"
             await asyncio.sleep(0.02)
@@ -156,7 +157,7 @@ def running_server(
             server.stop()
 
 
-def wait_for_session(leader: int, timeout_s: float = 5) -> None:
+def wait_for_session(leader: int, timeout_s: float = 30) -> None:
     """Waits until no process is left of those that a session's leader has started."""
     give_up_s = time.monotonic() + timeout_s
     while left := [pid for pid in psutil.pids() if _is_of_session(pid, leader)]:
@@ -219,7 +220,7 @@ async def take_part(clients: Sequence[EdgeClient]) -> None:
     finally:
         for client in clients:
             client.stop()
-        await asyncio.wait(runs, timeout=10)
+        await asyncio.wait(runs, timeout=30)
 
 
 SCHEME = (

@@ -61,17 +61,25 @@ def two(small_artifacts: Path, tmp_path: Path) -> Iterator[Two]:
         yield Two(server, tmp_path)
 
 
-def test_each_trains_its_own_model_also_after_a_restart(two: Two) -> None:
+def test_each_trains_its_own_model_also_after_a_restart(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petalfl.uplink.RECEIPT_TIMEOUT_S", 1.0)
+    begun: set[str] = set()
+
     async def scenario(clients: list[EdgeClient]) -> None:
         taking_part = asyncio.create_task(take_part(clients))
-        await asyncio.sleep(0.5)
+        while begun != two.tokens.keys():
+            await asyncio.sleep(0.01)
         await asyncio.to_thread(two.server.stop, signal.SIGKILL)
         await asyncio.to_thread(two.server.start)
         await taking_part
 
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(two.client(federation, device))
+            stack.enter_context(
+                two.client(federation, device, on_round=lambda info, f=federation: begun.add(f))
+            )
             for federation, device in (("cars", "car-1"), ("watches", "watch-1"))
         ]
         asyncio.run(scenario(clients))

@@ -382,7 +382,7 @@ def meet_server(
 
         monkeypatch.setattr(Participation, "_connect", connect)
         try:
-            await asyncio.wait_for(client.arun(), 10)
+            await asyncio.wait_for(client.arun(), 60)
         finally:
             await asyncio.sleep(0.05)
             assert {type(message) for message in seen} == {wire.Status, wire.Ready}

@@ -21,6 +21,8 @@ LABELS = np.arange(24) % 3
 
 Make = Callable[..., EdgeClient]
 
+STOP_S = 9.0  # less than a receipt, a download or a back-off may be waited for
+
 
 def run_and_stop(client: EdgeClient) -> None:
     """Enrolls, and stops."""
@@ -46,7 +48,7 @@ def running(client: EdgeClient) -> Iterator[None]:
         yield
     finally:
         client.stop()
-        thread.join(4)
+        thread.join(STOP_S)
         assert not thread.is_alive()
     assert errors == []
 
@@ -55,7 +57,7 @@ def is_ready(server: Server, device: str) -> bool:
     return bool(server.get("devices").get(device, {}).get("is_ready"))
 
 
-def until(is_so: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
+def until(is_so: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < give_up_s, f"waited for: {what}"

@@ -228,9 +228,9 @@ def test_nothing_is_written_after_run_has_returned(
     async def scenario() -> None:
         client = make(busy, "d", on_progress=dawdle)
         run = asyncio.create_task(client.arun())
-        await asyncio.to_thread(started.wait, 10)
+        await asyncio.to_thread(started.wait, 30)
         client.stop()
-        await asyncio.wait_for(run, 2)
+        await asyncio.wait_for(run, 30)
         client.close()
 
     asyncio.run(scenario())
@@ -252,10 +252,10 @@ def test_a_cancelled_run_ends_its_training(busy: Server, make: Make) -> None:
 
         client = make(busy, "d", on_progress=dawdle)
         run = asyncio.create_task(client.arun())
-        await asyncio.to_thread(started.wait, 10)
+        await asyncio.to_thread(started.wait, 30)
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(run, 5)
+            await asyncio.wait_for(run, 30)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scenario())
@@ -311,11 +311,11 @@ def test_start_runs_aside(busy: Server, make: Make) -> None:
 
     def hold(done: int, total: int) -> None:
         is_held.set()
-        assert is_free.wait(10)
+        assert is_free.wait(60)
 
     client = make(busy, "d", on_progress=hold)
     client.start()
-    assert is_held.wait(20)
+    assert is_held.wait(30)
     with pytest.raises(RuntimeError, match="is running already; stop it first"):
         client.start()
     is_free.set()
@@ -329,7 +329,7 @@ def test_close_ends_what_was_started(busy: Server, make: Make, when: str) -> Non
     is_training = threading.Event()
     client = make(busy, "d", on_progress=lambda done, total: is_training.set())
     client.start()
-    assert when == "at once" or is_training.wait(20)
+    assert when == "at once" or is_training.wait(30)
     client.close()
     assert not [t for t in threading.enumerate() if t.name == "petalfl"]
 
@@ -357,7 +357,7 @@ def test_close_on_the_event_loop(busy: Server, make: Make, tmp_path: Path) -> No
         run = asyncio.create_task(client.arun())
         await started.wait()
         client.close()
-        await asyncio.wait_for(run, 10)
+        await asyncio.wait_for(run, 30)
 
     asyncio.run(scenario())
     DeviceStore(tmp_path / "d").close()
@@ -376,7 +376,7 @@ def test_close_waits_for_a_run_elsewhere(busy: Server, make: Make, tmp_path: Pat
     client = make(busy, "d", on_progress=lambda done, total: started.set())
     thread = threading.Thread(target=client.run)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(30)
     client.close()
     DeviceStore(tmp_path / "d").close()
     thread.join()
@@ -467,21 +467,20 @@ def test_an_update_that_was_rejected_is_told(
 def test_a_pause_lasts_until_resumed_or_stopped(busy: Server, make: Make) -> None:
     batches: list[int] = []
 
-    def pause_once(done: int, total: int) -> None:
+    def pause_twice(done: int, total: int) -> None:
         batches.append(done)
-        if len(batches) == 2:
+        if len(batches) in (2, 13):
             client.pause()
 
-    client = make(busy, "d", on_progress=pause_once)
+    client = make(busy, "d", on_progress=pause_twice)
     with running(client):
         until(lambda: client.is_paused, "the pause")
         time.sleep(0.3)
         assert batches == [1, 2]  # within the batch
         client.resume()
-        until(lambda: busy.get("status")["round_num"] == 2, "round 2")
-        assert batches[:12] == list(range(1, 13))  # the round went on where it was
-        client.pause()
-        time.sleep(0.1)  # `running` stops it: a pause does not hold that up
+        until(lambda: client.is_paused, "the pause in round 2")
+        assert batches == [*range(1, 13), 1]  # the round went on where it was
+        # `running` stops it: a pause does not hold that up
 
 
 def test_training_rests_while_the_device_says_so(

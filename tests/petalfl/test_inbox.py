@@ -63,7 +63,7 @@ async def test_work_for_a_round_that_is_over_is_given_up(message: Task | Finish,
     doing = asyncio.create_task(inbox.unless_over(3, work()))
     await settle()
     inbox.put(message)
-    await asyncio.wait_for(doing, 1)
+    await asyncio.wait_for(doing, 30)
     assert await inbox.get() == message
     assert ended == [True] or when == "before"
 

@@ -177,7 +177,7 @@ class Inbox:
         await until(lambda: message in self.messages, f"{message[0]}: {self.messages[-3:]}")
 
 
-async def until(is_so: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
+async def until(is_so: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < give_up_s, f"waited for {what}"
@@ -235,8 +235,8 @@ async def test_peer_that_hangs_up(connect: Opener, stack: AsyncExitStack) -> Non
     port = server.sockets[0].getsockname()[1]
     started_s = time.monotonic()
     with pytest.raises(TransportError, match=f"mqtt://127.0.0.1:{port}"):
-        await connect(port=port, timeout_s=1.5)
-    assert time.monotonic() - started_s < 1, "the broken connection was waited on"
+        await connect(port=port, timeout_s=120)
+    assert time.monotonic() - started_s < 30, "the broken connection was waited on"
 
 
 async def test_refused_subscription(connect: Opener, broker: Broker) -> None:
@@ -311,7 +311,7 @@ async def until_arrived(sender: MqttTransport, topic: str, inbox: Inbox, payload
         await asyncio.sleep(0.05)
         return (topic, payload) in inbox.messages
 
-    for _ in range(50):
+    for _ in range(600):
         if await attempt():
             return
     raise AssertionError(f"{topic} never came")
@@ -356,7 +356,7 @@ async def test_subscribing_during_a_break(connect: Opener, cable: Cable) -> None
     server, inbox = await connect(is_server=True), Inbox()
     await cable.pull()
     await asyncio.sleep(0.05)
-    await asyncio.wait_for(device.subscribe(f"{DOWN}/+", inbox), 1)
+    await asyncio.wait_for(device.subscribe(f"{DOWN}/+", inbox), 20)
     await cable.plug()
     await until(lambda: bool(calls), "on_connect")
     await until_arrived(server, f"{DOWN}/task", inbox, b"x")
@@ -398,16 +398,15 @@ async def test_a_broker_that_is_silent_for_a_while(cable: Cable) -> None:
         Endpoint("127.0.0.1", cable.port),
         login=LOGIN,
         client_id="dev-1",
-        timeout_s=0.2,
         on_connect=lambda: calls.append(None),
     )
     await device.connect()
     try:
-        cable.is_mute = True
+        cable.is_mute, device._timeout_s = True, 0.2
         cable.cut()
-        await until(lambda: cable.num_connections >= 4, "a third attempt", 2)
-        cable.is_mute = False
-        await until(lambda: bool(calls), "on_connect", 2)
+        await until(lambda: cable.num_connections >= 4, "a third attempt")
+        cable.is_mute, device._timeout_s = False, 30
+        await until(lambda: bool(calls), "on_connect")
         await device.publish(UP, b"x")
     finally:
         await put_away(device)
@@ -440,11 +439,11 @@ async def test_a_peer_that_fell_silent_is_given_up(
     connect: Opener, cable: Cable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dead radio link breaks no socket: only the missing answers to pings tell."""
-    monkeypatch.setattr("petalfl.mqtt.KEEPALIVE_S", 1)
+    monkeypatch.setattr("petalfl.mqtt.KEEPALIVE_S", 2)
     monkeypatch.setattr("petalfl.mqtt.MISC_INTERVAL_S", 0.05)
     calls: list[None] = []
     device = await connect(port=cable.port, on_connect=lambda: calls.append(None))
-    await asyncio.sleep(3)  # alive and idle: pings keep it, the broker waits 1.5 s
+    await asyncio.sleep(4)  # alive and idle: pings keep it, the broker waits 3 s
     assert (cable.num_connections, calls) == (1, [])
     cable.stall()
     await until(lambda: bool(calls), "on_connect")
@@ -467,7 +466,7 @@ async def test_a_failing_on_connect_ends_nothing(cable: Cable) -> None:
     try:
         for number in (1, 2):
             cable.cut()
-            await until(lambda n=number: len(calls) == n, "on_connect", 1)  # type: ignore[misc]
+            await until(lambda n=number: len(calls) == n, "on_connect")  # type: ignore[misc]
         await device.publish(UP, b"x")
     finally:
         await put_away(device)
@@ -612,7 +611,7 @@ async def test_close_while_it_connects_again(
 
     monkeypatch.setattr(paho.Client, "connect", slow_connect)
     cable.cut()
-    await asyncio.wait_for(is_connecting.wait(), 5)
+    await asyncio.wait_for(is_connecting.wait(), 30)
     await device.close()
     await asyncio.sleep(0.5)
     is_in_use = cable.is_in_use

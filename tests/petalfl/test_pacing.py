@@ -44,7 +44,7 @@ def test_a_pause_ends(end: str) -> None:
     thread.join(0.1)
     assert thread.is_alive() and pacing.is_paused
     getattr(pacing, end)()
-    thread.join(5)
+    thread.join(30)
     assert outcome == ["goes on" if end == "resume" else "stopped"]
     assert not pacing.is_paused
 
@@ -56,7 +56,8 @@ def test_it_asks_until_the_device_may(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(answers, None) is None
 
 
-def test_stop_does_not_wait_for_the_next_question() -> None:
+def test_stop_does_not_wait_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalfl.pacing.POLL_S", 3600)
     is_asked = threading.Event()
 
     def should_train() -> bool:
@@ -65,9 +66,9 @@ def test_stop_does_not_wait_for_the_next_question() -> None:
 
     pacing = Pacing(should_train)
     thread, outcome = waiting(pacing)
-    assert is_asked.wait(5)
+    assert is_asked.wait(30)
     pacing.stop()
-    thread.join(2)  # POLL_S is longer
+    thread.join(30)
     assert outcome == ["stopped"]
 
 

@@ -55,7 +55,7 @@ def test_a_device_that_fails_is_not_waited_for(busy: Server, make: Make) -> None
 
     with pytest.raises(ZeroDivisionError):
         make(busy, "d", on_round=fail).run()
-    until(lambda: not is_ready(busy, "d"), "the device is gone", 1.5)
+    until(lambda: not is_ready(busy, "d"), "the device is gone")
 
 
 def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) -> None:
@@ -70,7 +70,7 @@ def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) 
             await run
 
     asyncio.run(scenario())
-    until(lambda: not is_ready(idle, "cancelled"), "the device is gone", 1.5)
+    until(lambda: not is_ready(idle, "cancelled"), "the device is gone")
 
 
 def test_no_round_waits_for_a_device_that_leaves_it_out(
@@ -264,7 +264,7 @@ class Hearing(Participation):
         worker = asyncio.create_task(self._work(Uplink(MemoryBroker().connect(), "f", "d")))
         for message in messages:
             self._inbox.put(message)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         assert not worker.done()
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
@@ -329,7 +329,7 @@ def test_a_round_that_came_to_nothing_is_taken_back(
 
     monkeypatch.setattr("petalfl.trainer.train", spy)
     monkeypatch.setattr(Uplink, "deliver", lose_round_1)
-    arguments = ("--rounds", "2", "--scheme", "phf", "--deadline", "0.5")
+    arguments = ("--rounds", "2", "--scheme", "phf", "--deadline", "3")
     with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
         make(server, "d").run()
         assert server.get("status")["shared_blocks"] == {"encoder-a": 2, "encoder-b": 1}

@@ -204,7 +204,7 @@ def test_a_damaged_renewal_is_not(
     used.certificate.write_bytes(authority.issue("other").certificate.read_bytes())  # not its key
     tls.renew(context)
     assert "the certificates in use stay: " in caplog.text
-    with urllib.request.urlopen(url, timeout=10, context=context) as response:
+    with urllib.request.urlopen(url, timeout=30, context=context) as response:
         assert response.read() == b"1"
 
 

@@ -63,7 +63,7 @@ class Inbox:
                 self._news.clear()
                 await self._news.wait()
 
-        await asyncio.wait_for(wait(), 10)
+        await asyncio.wait_for(wait(), 30)
         return self.messages
 
     @property

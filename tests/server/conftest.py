@@ -16,7 +16,7 @@ from petalfl.tls import Tls
 from server.broker import Broker, open_broker
 from tests.mosquitto import missing_mosquitto, mosquitto
 
-WAIT_S = 5.0
+WAIT_S = 30.0
 OpenBroker = Callable[[], Broker]
 
 

@@ -221,7 +221,7 @@ async def test_burst_of_a_cohort_arrives_whole(broker: Broker, broker_peer: Conn
     for chunk in chunks:
         for name, device in zip(names, devices, strict=True):
             device.send(f"fl/v1/f/blocks/b/up/{name}", chunk)
-    server.wait_for(f"fl/v1/f/blocks/b/up/{names[-1]}", 200, timeout_s=15)
+    server.wait_for(f"fl/v1/f/blocks/b/up/{names[-1]}", 200, timeout_s=60)
     sent = sorted((f"fl/v1/f/blocks/b/up/{name}", chunk) for name in names for chunk in chunks)
     assert sorted(server.received) == sent
 
@@ -465,7 +465,7 @@ async def test_broken_stream_is_hung_up(tmp_path: Path, data: bytes) -> None:
     async with running(embedded(tmp_path)) as broker:
         await broker.grant("dev-1", "pw")
         address = (broker.endpoint.host, broker.endpoint.port)
-        with socket.create_connection(address, timeout=5) as raw:
+        with socket.create_connection(address, timeout=30) as raw:
             raw.sendall(data)
             answer = read_to_end(raw)
         assert answer == (struct.pack("BBBB", 0x20, 2, 0, 0) if data.startswith(CONNECT) else b"")

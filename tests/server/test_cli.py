@@ -72,7 +72,7 @@ class Server:
         return found
 
     def status(self, path: str) -> int:
-        with urllib.request.urlopen(self.runtime["url"] + path, timeout=10) as response:
+        with urllib.request.urlopen(self.runtime["url"] + path, timeout=30) as response:
             return int(response.status)
 
     def children(self) -> list[int]:

@@ -250,7 +250,7 @@ async def test_silence_instead_of_a_handshake(
     async with await child.listen({"endpoint": where, "is_public": True}) as listening:
         port = listening.sockets[0].getsockname()[1]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert await asyncio.wait_for(reader.read(), 30) == b""
         writer.close()
         await writer.wait_closed()
 
