@@ -7,6 +7,7 @@ device downloads. Manifest and block versions open with either.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import hmac
@@ -40,6 +41,8 @@ log = logging.getLogger("petalfl.server.web")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 DeviceHandler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 MAX_REQUEST_BYTES = 64 * 1024
+KEY_HEADER = "Idempotency-Key"  # of an enrollment, whose answer may be lost
+KEY_REGEX = "[A-Za-z0-9_-]{22,128}"  # of 128 bits or more
 NO_TOKEN = "wrong or no token; the server printed it at start"
 
 
@@ -80,6 +83,7 @@ class WebApp:
         self.name = federation.config.federation
         self._started_s = time.monotonic()
         self._catalog = Catalog(federation, state)
+        self._enrolling = asyncio.Lock()
         self.siblings: Sequence[WebApp] = ()
         self.source = Source(federation, state, gateway)
 
@@ -152,19 +156,24 @@ class WebApp:
 
     async def _enroll(self, request: web.Request) -> web.Response:
         wanted = await self._read(request, EnrollRequest, "enrollment")
-        password = secrets.token_urlsafe(32)
+        password = self._make_password(wanted.device, request.headers.get(KEY_HEADER, ""))
         modalities = sorted(set(wanted.modalities))
-        is_taken = any(one.has_device(wanted.device) for one in self.siblings)
-        if is_taken or not self._state.add_device(wanted.device, password, modalities, time.time()):
-            raise web.HTTPConflict(
-                text=f"device {wanted.device} is enrolled already; use its own store, "
-                "or another name"
+        async with self._enrolling:
+            is_taken = any(one.has_device(wanted.device) for one in self.siblings)
+            is_new = not is_taken and self._state.add_device(
+                wanted.device, password, modalities, time.time()
             )
-        try:
-            await self._broker.grant(wanted.device, password, self.name)
-        except PetalError as error:
-            self._state.remove_device(wanted.device)
-            raise web.HTTPServiceUnavailable(text=str(error)) from error
+            if not is_new and not self._state.is_password(wanted.device, password):
+                raise web.HTTPConflict(
+                    text=f"device {wanted.device} is enrolled already; use its own store, "
+                    "or another name"
+                )
+            try:
+                await self._broker.grant(wanted.device, password, self.name)
+            except PetalError as error:
+                if is_new:
+                    self._state.remove_device(wanted.device)
+                raise web.HTTPServiceUnavailable(text=str(error)) from error
         config = self._federation.config
         identity = Identity(
             self.name, wanted.device, password, config.private_blocks, config.private_tensors
@@ -176,6 +185,16 @@ class WebApp:
                 "private_tensors"
             ]  # a device that knows of none takes part where there are none
         return web.json_response(reply)
+
+    def _make_password(self, device: str, key: str) -> str:
+        """At random; with a key of the device's the same whenever it asks again."""
+        if not key:
+            return secrets.token_urlsafe(32)
+        if not re.fullmatch(KEY_REGEX, key):
+            raise web.HTTPBadRequest(text=f"{KEY_HEADER}: expected 22 to 128 of A-Za-z0-9_-")
+        secret = self._state.setting("enrollment secret", secrets.token_urlsafe(32))
+        digest = hmac.digest(secret.encode(), f"{device} {key}".encode(), "sha256")
+        return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     async def _add_modalities(self, request: web.Request, device: str) -> web.Response:
         wanted = await self._read(request, ModalitiesRequest, "modalities")

@@ -63,7 +63,8 @@ class Downlink:
 
     def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
         """Trades the join token for this device's own credential, and keeps that."""
-        identity = self._way.enroll(token, device, modalities)
+        key = self._store.enrollment_key(device)  # an answer that is lost comes again
+        identity = self._way.enroll(token, device, modalities, key)
         self._store.write_identity(identity)
         return identity
 

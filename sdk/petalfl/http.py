@@ -65,9 +65,9 @@ class HttpClient:
         pair = base64.b64encode(f"{device}:{password}".encode()).decode()
         self._authorization = f"Basic {pair}"
 
-    def post_json(self, path: str, body: object) -> Any:
+    def post_json(self, path: str, body: object, headers: dict[str, str] | None = None) -> Any:
         """Posts JSON and reads JSON; errors as in `get`."""
-        return _parse(self._request(path, json.dumps(body).encode(), MAX_JSON_BYTES))
+        return _parse(self._request(path, json.dumps(body).encode(), MAX_JSON_BYTES, headers))
 
     def get_json(self, path: str) -> Any:
         """Reads JSON; errors as in `get`."""

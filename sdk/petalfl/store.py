@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,9 +40,18 @@ _WAY_OUT = {
 }
 _TensorName = Annotated[str, Limit(3, 64 + 1 + 256)]  # BLOCK/TENSOR
 MAX_ASIDE = 8  # states of other models that are kept
+_ENROLLMENT = "enrollment.json"
 _ROOM_BYTES = 4096
 _VectorBytes = Annotated[bytes, Limit(0, 4 * MAX_BLOCK_SIZE)]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Enrollment:
+    """One that is under way: its answer may be lost, and is asked for again."""
+
+    device: Name
+    key: Annotated[str, Pattern("[A-Za-z0-9_-]{22,128}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,16 @@ class DeviceStore:
     def write_identity(self, identity: Identity) -> None:
         """Keeps the credential; the file is readable by its owner alone."""
         self._write_kept("identity.json", identity)
+        with _writing(self.folder / _ENROLLMENT):
+            (self.folder / _ENROLLMENT).unlink(missing_ok=True)
+
+    def enrollment_key(self, device: str) -> str:
+        """A secret to enroll under that name with: the same until there is an identity."""
+        kept = self._read_kept(_ENROLLMENT, Enrollment)
+        if kept is None or kept.device != device:
+            kept = Enrollment(device, secrets.token_urlsafe(32))
+            self._write(_ENROLLMENT, _encode(_ENROLLMENT, plain(kept)), None)
+        return kept.key
 
     def read_state(self) -> State:
         """The state; an empty one before the first round."""

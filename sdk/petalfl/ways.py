@@ -31,8 +31,14 @@ class Session:
 class Way(Source, Protocol):
     """How a device enrolls, finds its broker and gets its files. Errors as of `Source`."""
 
-    def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
-        """Trades the join token for this device's own credential."""
+    def enroll(
+        self, token: str, device: str, modalities: Collection[str], key: str = ""
+    ) -> Identity:
+        """Trades the join token for this device's own credential.
+
+        Args:
+            key: A secret of the device's: with the same one it gets the same again.
+        """
         ...
 
     def log_in(self, identity: Identity) -> None:
@@ -89,12 +95,15 @@ class HttpWay:
         self._http = http
         self._root = root
 
-    def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
+    def enroll(
+        self, token: str, device: str, modalities: Collection[str], key: str = ""
+    ) -> Identity:
         """See `Way.enroll`."""
         self._http.use_token(token)
         body = {"device": device, "modalities": sorted(modalities)}
         try:
-            return read(Identity, self._http.post_json(f"{self._root}/enroll", body))
+            headers = {"Idempotency-Key": key} if key else {}
+            return read(Identity, self._http.post_json(f"{self._root}/enroll", body, headers))
         except ValueError as error:
             raise TransportError(f"the server's enrollment reply is malformed: {error}") from error
 
@@ -153,7 +162,9 @@ class MqttWay:
         self.reconnected = pull.reconnected
         self.get_changed, self.stream = pull.get_changed, pull.stream
 
-    def enroll(self, token: str, device: str, modalities: Collection[str]) -> Identity:
+    def enroll(
+        self, token: str, device: str, modalities: Collection[str], key: str = ""
+    ) -> Identity:
         """See `Way.enroll`.
 
         Raises:

@@ -93,6 +93,31 @@ def test_another_federation(idle: Server, make: Make) -> None:
         make(idle, federation="other").run()
 
 
+def test_an_enrollment_whose_answer_was_lost(
+    idle: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device asks again after a restart, and gets what it would have had."""
+    post, answers = HttpClient.post_json, []
+
+    def lose(self: HttpClient, *of: Any) -> Any:
+        answers.append(post(self, *of))
+        raise TransportError("the line broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpClient, "post_json", lose)
+        client = make(idle, "unlucky")
+        with pytest.raises(TransportError, match="the line broke"):
+            client.run()
+        client.close()
+    assert "unlucky" in idle.get("devices")
+    assert (tmp_path / "unlucky" / "enrollment.json").stat().st_mode & 0o77 == 0
+    again = make(idle, "unlucky")
+    run_and_stop(again)
+    assert again._trainer.identity is not None
+    assert [answer["password"] for answer in answers] == [again._trainer.identity.password]
+    assert not (tmp_path / "unlucky" / "enrollment.json").exists()
+
+
 def test_a_credential_that_was_revoked(idle: Server, make: Make, tmp_path: Path) -> None:
     client = make(idle, "revoked")
     run_and_stop(client)
@@ -110,7 +135,7 @@ def test_a_credential_that_was_revoked(idle: Server, make: Make, tmp_path: Path)
 
 def test_malformed_replies(idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(HttpClient, "post_json", lambda self, path, body: {"device": "../x"})
+        patch.setattr(HttpClient, "post_json", lambda self, *of: {"device": "../x"})
         with pytest.raises(TransportError, match="enrollment reply is malformed: Identity"):
             make(idle, "d1").run()
     monkeypatch.setattr(HttpClient, "get_json", lambda self, path: {"mqtt_port": 0})

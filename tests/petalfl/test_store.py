@@ -139,6 +139,22 @@ def test_closing_twice_closes_nothing_of_others(tmp_path: Path) -> None:
 # Damage: the good one before takes over
 
 
+def test_the_key_of_an_enrollment_is_kept_until_there_is_an_identity(tmp_path: Path) -> None:
+    keys = []
+    for device in ("dev-0", "dev-0", "dev-1"):
+        store = DeviceStore(tmp_path / "store", KEY)
+        keys.append(store.enrollment_key(device))
+        assert store.enrollment_key(device) == keys[-1]
+        assert keys[-1].encode() not in (store.folder / "enrollment.json").read_bytes()
+        store.close()
+    assert keys[0] == keys[1] != keys[2]
+    store = DeviceStore(tmp_path / "store", KEY)
+    store.write_identity(IDENTITY)
+    assert not (store.folder / "enrollment.json").exists()
+    assert store.enrollment_key("dev-1") not in keys
+    store.close()
+
+
 def damaged(data: bytes) -> Iterator[bytes]:
     """Every truncation, and of every byte one flipped bit, each bit in its turn."""
     for length in range(len(data)):

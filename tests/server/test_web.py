@@ -300,6 +300,61 @@ async def test_a_taken_name_is_refused_and_keeps_its_login(served: Served) -> No
     assert (await served.get(f"{ROOT}/session", login("watch")))[0] == 200
 
 
+KEY = "k" * 22
+CAR = {"device": "car-7", "modalities": ["acc"]}
+
+
+def with_key(key: str) -> Headers:
+    return {**OPERATOR, "Idempotency-Key": key}
+
+
+async def test_an_enrollment_whose_answer_was_lost_comes_again(tmp_path: Path) -> None:
+    """With the device's own key, also after a restart; the password is nobody else's."""
+    async with serve(tmp_path) as served:
+        status, body = await served.enroll(CAR, with_key(KEY))
+        password = json.loads(body)["password"]
+        assert status == 200 and len(password) >= 43
+        assert await served.enroll(CAR, with_key(KEY)) == (200, body)
+        _, other = await served.enroll({**CAR, "device": "car-8"}, with_key(KEY))
+        assert json.loads(other)["password"] != password
+    async with serve(tmp_path) as served:
+        assert await served.enroll(CAR, with_key(KEY)) == (200, body)
+        assert served.broker.granted == {"car-7": password}
+        assert (await served.get(f"{ROOT}/session", login("car-7", password)))[0] == 200
+        for headers in (OPERATOR, with_key(KEY + "k"), with_key("K" * 22)):
+            assert (await served.enroll(CAR, headers))[0] == 409
+        assert (await served.get(f"{ROOT}/session", login("car-7", password)))[0] == 200
+
+
+async def test_another_federation_has_other_passwords(tmp_path: Path) -> None:
+    found = set()
+    for name in ("one", "two"):
+        async with serve(tmp_path / name) as served:
+            _, body = await served.enroll(CAR, with_key(KEY))
+            found.add(json.loads(body)["password"])
+    assert len(found) == 2
+
+
+async def test_an_enrollment_that_the_broker_refused_is_tried_again(served: Served) -> None:
+    served.broker.error = BrokerError("no broker answers")
+    assert (await served.enroll(CAR, with_key(KEY)))[0] == 503
+    served.broker.error = None
+    status, body = await served.enroll(CAR, with_key(KEY))
+    assert status == 200
+    served.broker.error = BrokerError("no broker answers")
+    assert (await served.enroll(CAR, with_key(KEY)))[0] == 503
+    assert (await served.get(f"{ROOT}/session", login("car-7", json.loads(body)["password"])))[
+        0
+    ] == 200, "it has been enrolled before"
+
+
+@pytest.mark.parametrize("key", ["short", "k" * 129, "k" * 21 + ":", "k" * 21 + "ä"])
+async def test_a_bad_key_is_refused(served: Served, key: str) -> None:
+    status, body = await served.enroll(CAR, with_key(key))
+    assert status == 400 and b"expected 22 to 128" in body
+    assert "car-7" not in served.run.state.devices()
+
+
 GOOD = {"device": "new", "modalities": ["acc"]}
 BAD_ENROLLMENTS: dict[str, tuple[object, int]] = {
     "upper case": ({**GOOD, "device": "New"}, 400),
