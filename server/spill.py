@@ -96,5 +96,7 @@ class Spill:
             os.close(descriptor)
             raise
         self._close()  # the file before; the arrays in it keep its map
-        self._close = weakref.finalize(self, os.close, descriptor)
+        closing = weakref.finalize(self, os.close, descriptor)
+        closing.atexit = False  # a thread that nobody waits for may write until the process ends
+        self._close = closing
         self._descriptor, self._end = descriptor, 0
