@@ -1,8 +1,8 @@
 """What a round of a rule over all updates takes of memory: its updates wait in files.
 
 `python -m benchmarks.round_memory [--rule RULE] [--in-memory] [--json]`. Standard normal updates
-arrive one after another, as they come from the door, and wait in a block's buffer; then the rule
-aggregates them. Linux alone.
+arrive one after another, as they come from the door, go into the journal, and wait in a block's
+buffer; then the rule aggregates them. Linux alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +27,17 @@ from petalfl.model import Block
 from petalfl.payloads import parse_payload
 from petalfl.wire import BlockUpdate
 from server.aggregators import parse_aggregator
-from server.buffers import Buffer
+from server.buffers import Buffer, Keep, in_memory
 from server.memory import keep_freed_memory
 from server.reducer import choose, parse_reducer, use
 from server.spill import Spill
+from server.state import ServerState
 
 NOTES = """\
 Own: the most memory that the process held which no file backs (RssAnon), beyond what it held
 before. Cache: the most of the files that was mapped into it (RssFile), which the kernel takes away
-where memory is short. Arrival: CPU time of an update's way into the buffer, its check at the door
-left out; end: of the rule."""
+where memory is short. Arrival: CPU time of an update's way into the buffer, the median, without its
+check at the door and the journal; end: of the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +125,14 @@ def _parser() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace, folder: Path) -> Row:
     """The round."""
     block = matrix_block(1, options.size)
-    keep = (lambda delta: delta) if options.in_memory else Spill(folder).keep
-    buffer = Buffer(block, parse_aggregator(options.rule), keep=keep)
     arrivals_s, payload_bytes = [], 0
-    with Watch() as watch:
+    with closing(ServerState(folder)) as state, Watch() as watch:
+        keep: Keep = in_memory if options.in_memory else Spill(folder, state.mapped_payload).keep
+        buffer = Buffer(block, parse_aggregator(options.rule), keep=keep)
         for number in range(options.updates):
             update = arrived(block, options.codec, number)
             payload_bytes += len(update.encoded.payload)
+            state.journal_update(update)
             start_s = time.process_time()
             buffer.add(update, 1.0)
             arrivals_s.append(time.process_time() - start_s)

@@ -15,7 +15,14 @@ from petalfl.wire import BlockUpdate
 
 from .aggregators import Aggregator
 
-Keep: TypeAlias = Callable[[EncodedDelta], EncodedDelta]  # the same delta, held elsewhere
+# A delta, and the id of the journaled update that it is, if it is one: the same, held elsewhere
+# than in memory. To keep it again changes nothing.
+Keep: TypeAlias = Callable[[EncodedDelta, bytes], EncodedDelta]
+
+
+def in_memory(delta: EncodedDelta, update_id: bytes) -> EncodedDelta:
+    """The `Keep` that leaves it as it is."""
+    return delta
 
 
 class BlockResult(NamedTuple):
@@ -60,7 +67,7 @@ class Buffer:
         aggregator: Aggregator[Any],
         *,
         is_ordered: bool = False,
-        keep: Keep = lambda delta: delta,
+        keep: Keep = in_memory,
     ) -> None:
         self._is_ordered = is_ordered
         self._keep = keep
@@ -90,12 +97,17 @@ class Buffer:
         """Counts an update; that it is counted once is for the caller to see to."""
         delta = update.encoded
         if self._is_ordered:
-            self._kept.append((replace(update, encoded=self._keep(delta)), weight))
+            self._kept.append(
+                (replace(update, encoded=self._keep(delta, update.update_id)), weight)
+            )
         elif self._aggregator.has_votes:
-            vote = _merged(self._votes.get(update.device), delta, weight)
-            self._votes[update.device] = vote._replace(delta=self._keep(vote.delta))
+            before = self._votes.get(update.device)
+            vote = _merged(before, delta, weight)
+            kept = self._keep(vote.delta, b"" if before else update.update_id)
+            self._votes[update.device] = vote._replace(delta=kept)
         else:
-            delta = self._keep(delta) if self._aggregator.keeps_deltas else delta
+            if self._aggregator.keeps_deltas:
+                delta = self._keep(delta, update.update_id)
             self._state = self._aggregator.accumulate(self._state, delta, weight)
         self._holders.add(update.device)
         self._num_examples += update.num_examples
@@ -119,7 +131,10 @@ class Buffer:
         )
 
     def _result_in_order(self) -> BlockResult:
-        ordered = Buffer(self._block, self._aggregator, keep=self._keep)
+        def keep(delta: EncodedDelta, update_id: bytes) -> EncodedDelta:
+            return self._keep(delta, b"")  # the journal is not for this thread to read
+
+        ordered = Buffer(self._block, self._aggregator, keep=keep)
         for update, weight in sorted(
             self._kept, key=lambda one: (one[0].device, one[0].round_num, one[0].update_id)
         ):

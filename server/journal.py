@@ -7,13 +7,16 @@ and again into its pages: 105 to 375 updates of 400 kB a second where this does 
 
 Positions count bytes from the journal's beginning, over all segments; a segment's name is the
 position of its first byte. An update is consumed when its `delta` is set to NULL; a segment that no
-row points into is written over by a later one, which costs the disk less than a new file.
+row points into is written over by a later one, which costs the disk less than a new file. Payloads
+begin at multiples of `LINE`, so that rules can read them where they lie (`mapped`); a segment that
+is read so has its full length, of which the disk holds what was written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
 import sqlite3
 import threading
@@ -23,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from petalfl.codecs import parse_codec
 from petalfl.errors import WireError
@@ -37,6 +41,7 @@ log = logging.getLogger("petalfl.server.journal")
 
 DATABASE, FOLDER = "state.sqlite", "journal"  # in a data folder
 SEGMENT_BYTES = 64 << 20
+LINE = 64  # bytes of a segment: where payloads begin
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS updates (
     update_id BLOB PRIMARY KEY, round_num INTEGER NOT NULL, device TEXT NOT NULL,
@@ -57,7 +62,7 @@ _INSERT_UPDATE = """
 INSERT INTO updates (update_id, round_num, device, block, base_version, num_examples, delta,
 num_bytes, crc32, norm, codec, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_KEY, _POSITION = slice(1, 4), 6  # in such a row
+_KEY, _POSITION, _NUM_BYTES = slice(1, 4), 6, 7  # in such a row
 _INSERT_REPORT = "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -108,6 +113,7 @@ class Journal:
         self._reports: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._segment = -1  # the open one's file descriptor
         self._start = 0  # and its first byte's position
+        self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by first byte
         self._is_broken = False
         self._committing = threading.Lock()
         with _translated(f"cannot use the journal {self._folder}"):
@@ -143,6 +149,7 @@ class Journal:
             raise StateError(f"device {update.device} has an update of that task in the journal")
         encoded = update.encoded
         data = memoryview(encoded.payload).cast("B")
+        self._end = -(-self._end // LINE) * LINE
         with _translated(f"cannot write to the journal {self._folder}"):
             if self._segment < 0 or self._end - self._start + len(data) > SEGMENT_BYTES:
                 self._open_segment()
@@ -202,6 +209,34 @@ class Journal:
         found = self._db.execute(query, (update_id,)).fetchone()
         return None if found is None else Entry(*found)
 
+    def mapped(self, update_id: bytes) -> memoryview | None:
+        """An update's payload where it lies on the disk, read when it is looked at.
+
+        It stays what it is until the update is consumed. None of one that is consumed, of a
+        payload that does not begin at a multiple of `LINE`, as in older segments, and where the
+        system does not map files.
+        """
+        if (row := self._updates.get(update_id)) is not None:
+            position, num_bytes = row[_POSITION], row[_NUM_BYTES]
+        else:
+            query = "SELECT delta, num_bytes FROM updates WHERE update_id = ? AND delta IS NOT NULL"
+            row = self._db.execute(query, (update_id,)).fetchone()
+            if row is None:
+                return None
+            position, num_bytes = row
+        if self._segment >= 0 and self._start <= position:
+            start = self._start
+        else:
+            start = max(one for one in segments(self._folder) if one <= position)
+        first = position - start
+        if first % LINE:
+            return None
+        try:
+            return memoryview(self._map(start, first + num_bytes))[first : first + num_bytes]
+        except OSError as error:
+            log.warning("cannot map a segment of the journal %s: %s", self._folder, error)
+            return None
+
     def _has_other(self, update: BlockUpdate) -> bool:
         key = (update.round_num, update.device, update.block)
         if key in self._sent or self.find(update.update_id) is not None:
@@ -229,6 +264,21 @@ class Journal:
             yield BlockUpdate(update_id, device, block, round_num, base, count, encoded, sha256)
 
     # How
+
+    def _map(self, start: int, num_bytes: int) -> mmap.mmap:
+        """The whole segment; of one that is still written to, with room for what is to come."""
+        found = self._maps.get(start)
+        if found is None or len(found) < num_bytes:
+            segment = os.open(_path(self._folder, start), os.O_RDWR)
+            try:
+                is_open = self._segment >= 0 and start == self._start
+                if is_open and os.fstat(segment).st_size < SEGMENT_BYTES:
+                    os.ftruncate(segment, SEGMENT_BYTES)  # which takes nothing of the disk
+                found = mmap.mmap(segment, 0, prot=mmap.PROT_READ)
+            finally:
+                os.close(segment)
+            self._maps[start] = found
+        return found
 
     def _open_segment(self) -> None:
         if self._segment >= 0:

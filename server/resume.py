@@ -46,7 +46,7 @@ def round_from_journal(
         max_staleness=config.max_staleness if config.is_async else 0,
         max_norm=config.max_update_norm,
         is_deterministic=config.is_deterministic,
-        new_keep=lambda: Spill(state.folder).keep,
+        new_keep=lambda: Spill(state.folder, state.mapped_payload).keep,
     )  # fmt: skip
     for device, assignment in state.newest_tasks(since).items():
         found.assign(device, assignment, deadline_s)

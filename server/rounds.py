@@ -14,7 +14,7 @@ from petalfl.model import Block
 from petalfl.wire import BlockUpdate, Report
 
 from .aggregators import Aggregator
-from .buffers import BlockResult, Buffer, Keep
+from .buffers import BlockResult, Buffer, Keep, in_memory
 from .norms import clip
 from .weighting import Weighting, staleness_factor
 
@@ -80,8 +80,7 @@ class Round:
         max_staleness: An update may be based on a version so much older than the newest.
         max_norm: A longer delta is scaled down to it; 0: never.
         is_deterministic: The order in which updates arrive makes no difference at all.
-        new_keep: Called for each block and version; as of `Buffer`. To keep a delta again
-            changes nothing.
+        new_keep: Called for each block and version; as of `Buffer`.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Round:
         max_staleness: int = 0,
         max_norm: float = 0.0,
         is_deterministic: bool = False,
-        new_keep: Callable[[], Keep] = lambda: lambda delta: delta,
+        new_keep: Callable[[], Keep] = lambda: in_memory,
     ) -> None:
         self.round_num = round_num
         self.cohort: dict[str, Assignment] = {}  # by device, its newest
@@ -214,7 +213,7 @@ class Round:
         self.note(update.device, update.block, update.update_id)
         if update.block in self._held:
             if self.buffers[update.block].keeps_deltas:
-                update = replace(update, encoded=self._keep_held(update.encoded))
+                update = replace(update, encoded=self._keep_held(update.encoded, update.update_id))
             self._held[update.block].append(update)
         else:
             self.buffer(update)

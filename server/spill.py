@@ -1,10 +1,9 @@
-"""Updates that wait for their block's step in files, so that a cohort of any size fits in memory.
+"""Updates that wait for their block's step on the disk: a cohort of any size fits in memory.
 
-What a rule over all updates keeps is written to unlinked files in the data folder and mapped for
-reading. Its pages are the kernel's cache: it drops them where memory is short, and reads them again
-when a tile wants them. The journal has the same updates, but not so that they could be read in
-tiles: what top-k sends is compressed, a payload begins at any byte, and a device's second update of
-a block becomes one with its first.
+What a rule over all updates keeps is read from files that are mapped: their pages are the kernel's
+cache, which drops them where memory is short, and reads them again when a tile wants them. Payloads
+that can be read in tiles as they came are read from the journal. What top-k sends is compressed
+there, and updates of one device become one: these are written to unlinked files beside it.
 """
 
 from __future__ import annotations
@@ -30,51 +29,51 @@ log = logging.getLogger("petalfl.server")
 FILE_BYTES = 64 << 20  # of a file; it takes as much of the disk as was written to it
 LINE = 64  # bytes: where every array begins
 
+Move = Callable[[NDArray[Any]], NDArray[Any]]
+
 
 class Spill:
     """Files of arrays; one is gone, and its room on the disk, when no array in it is in use.
 
     Args:
-        folder: On a disk with room for the updates of a round; nothing is left in it by a crash.
+        folder: On a disk with room for what is written; nothing is left in it by a crash.
+        find: An update_id to its payload in the journal, mapped for reading, if that can be had.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, find: Callable[[bytes], memoryview | None] = lambda update_id: None
+    ) -> None:
         self._folder = folder
+        self._find = find
         self._descriptor = -1
         self._map: mmap.mmap | None = None
         self._close: Callable[[], object] = int
         self._end = 0
 
-    def keep(self, delta: EncodedDelta) -> EncodedDelta:
-        """The same delta, whose arrays lie in a file; the payload as it came is let go of.
+    def keep(self, delta: EncodedDelta, update_id: bytes = b"") -> EncodedDelta:
+        """The same delta, whose arrays lie in files; the payload as it came is let go of.
 
         Where the disk does not take it, the delta stays in memory, and the log says so: it was
         accepted, so it must count.
+
+        Args:
+            update_id: Of the journaled update that it is, if it is one.
         """
-        if not delta.payload:  # it was kept before
+        if is_on_disk(delta):
             return delta
+        payload = self._find(update_id) if update_id and _is_in_payload(delta) else None
         try:
-            parameters, statistics = map(self._written, (delta.parameters, delta.statistics))
+            if payload is not None:
+                kept = replace(_moved(delta, _to(payload, delta.payload)), payload=payload)
+            else:
+                kept = replace(_moved(delta, self._write), payload=b"")
         except OSError as error:
             log.error("an update stays in memory, %s does not take it: %s", self._folder, error)
             return delta
-        kept = replace(delta, payload=b"", parameters=parameters, statistics=statistics)
         vars(kept)["norm"] = delta.norm  # to take it again would read the file
         return kept
 
-    def _written(self, vector: Encoded) -> Encoded:
-        bitmap, starts = vector.bitmap, vector.starts
-        return replace(
-            vector,
-            values=self._write(vector.values),
-            scales=self._write(vector.scales),
-            bitmap=None if bitmap is None else self._write(bitmap),
-            starts=None if starts is None else self._write(starts),
-        )
-
     def _write(self, array: NDArray[Any]) -> NDArray[Any]:
-        if not array.size:
-            return np.zeros(0, array.dtype)  # a view would hold the payload
         data = np.ascontiguousarray(array).data.cast("B")
         if self._map is None or self._end + len(data) > len(self._map):
             self._open(max(FILE_BYTES, len(data)))
@@ -100,3 +99,48 @@ class Spill:
         closing.atexit = False  # a thread that nobody waits for may write until the process ends
         self._close = closing
         self._descriptor, self._end = descriptor, 0
+
+
+def is_on_disk(delta: EncodedDelta) -> bool:
+    """Whether `Spill.keep` has moved it."""
+    return not delta.payload or isinstance(memoryview(delta.payload).obj, mmap.mmap)
+
+
+def _is_in_payload(delta: EncodedDelta) -> bool:
+    """Whether its arrays are views of the payload, as of every codec that does not compress."""
+    payload = np.frombuffer(delta.payload, np.uint8)
+    return all(not one.size or np.may_share_memory(one, payload) for one in _arrays(delta))
+
+
+def _to(payload: memoryview, before: bytes | memoryview) -> Move:
+    """Moves a view of a payload to another that has the same bytes."""
+    old, new = np.frombuffer(before, np.uint8), np.frombuffer(payload, np.uint8)
+
+    def move(array: NDArray[Any]) -> NDArray[Any]:
+        start = array.ctypes.data - old.ctypes.data
+        return new[start : start + array.nbytes].view(array.dtype)
+
+    return move
+
+
+def _arrays(delta: EncodedDelta) -> list[NDArray[Any]]:
+    parts = (delta.parameters, delta.statistics)
+    found = [(one.values, one.scales, one.bitmap, one.starts) for one in parts]
+    return [array for several in found for array in several if array is not None]
+
+
+def _moved(delta: EncodedDelta, move: Move) -> EncodedDelta:
+    def moved(array: NDArray[Any]) -> NDArray[Any]:
+        # A view of nothing would hold what it is a view of.
+        return move(array) if array.size else np.zeros(0, array.dtype)
+
+    def all_of(vector: Encoded) -> Encoded:
+        return replace(
+            vector,
+            values=moved(vector.values),
+            scales=moved(vector.scales),
+            bitmap=None if vector.bitmap is None else moved(vector.bitmap),
+            starts=None if vector.starts is None else moved(vector.starts),
+        )
+
+    return replace(delta, parameters=all_of(delta.parameters), statistics=all_of(delta.statistics))

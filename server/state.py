@@ -279,6 +279,10 @@ class ServerState:
         """Writes an accepted update; its receipt may go out after a `commit`."""
         self._journal.append(update)
 
+    def mapped_payload(self, update_id: bytes) -> memoryview | None:
+        """A journaled update's payload on the disk; None where that cannot be read in place."""
+        return self._journal.mapped(update_id)
+
     def journal_report(self, device: str, report: Report, arrived_in: int, now_s: float) -> None:
         """The same for a report; the first of a device's task stands."""
         self._journal.append_report(device, report, arrived_in, now_s)

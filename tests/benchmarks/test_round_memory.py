@@ -23,7 +23,7 @@ def test_a_round_in_files_and_one_in_memory(
     assert in_files["payload_bytes"] == in_memory["payload_bytes"] == 40_000_000
     assert in_files["cache_bytes"] > 39_000_000 > 20_000_000 > in_memory["cache_bytes"]
     assert in_files["own_bytes"] < 30_000_000, "a tile is of 10 MB"
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # its data folders are gone
 
 
 def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from petalfl.codecs import parse_codec
 from petalfl.payloads import encode_payload, parse_payload
+from petalfl.wire import BlockUpdate
 from server.database import open_database
-from server.journal import DATABASE, Journal
+from server.journal import DATABASE, LINE, SEGMENT_BYTES, Journal
 from server.versions import StateError
 from tests.server.builders import BLOCKS, SIZES, make_update
 
@@ -107,6 +108,118 @@ def test_a_payload_is_kept_as_it_came(journal: Journal, tmp_path: Path, codec: s
     [found] = journal.unconsumed(BLOCKS)
     assert (found.encoded.codec, bytes(found.encoded.payload)) == (codec, payload)
     np.testing.assert_array_equal(found.delta, encoded.decode())
+
+
+def drawn(number: int, codec: str = "f32") -> BlockUpdate:
+    known, vector = parse_codec(codec), np.linspace(-1, number, 8, dtype=np.float32)
+    payload, _ = encode_payload(known, BLOCKS["head"], vector, None, np.random.default_rng(0))
+    encoded = parse_payload(known, BLOCKS["head"], payload)
+    return replace(make_update(f"device-{number}", "head", 0.0), encoded=encoded)
+
+
+def is_mapped(journal: Journal, update: BlockUpdate) -> bool:
+    """And what is mapped is the payload."""
+    found = journal.mapped(update.update_id)
+    if found is not None:
+        assert found.readonly and bytes(found) == update.encoded.payload
+        with pytest.raises(TypeError):
+            found[0] = 1
+    return found is not None
+
+
+CODECS = ("f32", "topk:0.3", "int8", "f16", "topk-int8:0.5", "bf16")
+
+
+def test_payloads_are_read_where_they_lie(
+    journal: Journal, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the commit, in the open segment and those before, and after a restart."""
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", 3 * LINE)
+    updates = [drawn(k, CODECS[k % len(CODECS)]) for k in range(20)]
+    for update in updates:
+        journal.append(update)
+        assert is_mapped(journal, update)
+    assert all(is_mapped(journal, update) for update in updates)
+    journal.commit()
+    assert all(is_mapped(journal, update) for update in updates)
+    assert len(list(tmp_path.glob("journal/*.deltas"))) == 7
+    again = Journal(db, tmp_path)  # type: ignore[arg-type]
+    try:
+        again.append(drawn(20))
+        assert all(is_mapped(again, update) for update in [*updates, drawn(20)])
+        again.commit()
+        assert [update.device for update in again.unconsumed(BLOCKS)] == [
+            f"device-{k}" for k in range(21)
+        ]
+    finally:
+        again.close()
+
+
+def test_a_payload_longer_than_a_segment_is_mapped(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", 8)
+    updates = [drawn(k) for k in range(3)]
+    for update in updates:
+        journal.append(update)
+    assert all(is_mapped(journal, update) for update in updates)
+
+
+def test_a_segment_is_mapped_once_and_takes_no_more_of_the_disk(
+    journal: Journal, tmp_path: Path
+) -> None:
+    updates = [drawn(k) for k in range(5)]
+    for update in updates:
+        journal.append(update)
+    found = [journal.mapped(update.update_id) for update in updates]
+    assert len({id(one.obj) for one in found if one is not None}) == 1
+    [path] = tmp_path.glob("journal/*.deltas")
+    assert path.stat().st_size == SEGMENT_BYTES
+    assert 512 * path.stat().st_blocks < SEGMENT_BYTES / 100
+    del found
+    assert not journal._maps, "nobody looks at it any more"
+
+
+def test_what_is_still_in_use_is_not_written_over(
+    journal: Journal, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", LINE)
+    updates, found = [drawn(k) for k in range(9)], {}
+    for number, update in enumerate(updates):
+        journal.append(update)
+        journal.commit()
+        found[number] = journal.mapped(update.update_id)
+        if number % 3:  # consumed
+            db.execute("UPDATE updates SET delta = NULL WHERE update_id = ?", (update.update_id,))
+    for number in (0, 3, 6):
+        assert bytes(found[number] or b"") == updates[number].encoded.payload
+    assert journal.mapped(updates[1].update_id) is None, "it is consumed"
+    assert bytes(found[1] or b"") != updates[1].encoded.payload, "else this would show nothing"
+
+
+def test_where_payloads_are_not_aligned_they_are_not_mapped(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server before this one wrote them."""
+    updates = [drawn(0, "topk:0.3"), drawn(1)]
+    with monkeypatch.context() as patch:
+        patch.setattr("server.journal.LINE", 1)
+        for update in updates:
+            journal.append(update)
+    assert [is_mapped(journal, update) for update in updates] == [True, False]
+
+
+def test_a_segment_that_cannot_be_mapped(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.append(drawn(0))
+
+    def refuse(*what: object, **how: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("server.journal.mmap.mmap", refuse)
+    assert journal.mapped(drawn(0).update_id) is None
+    assert "cannot map a segment of the journal" in caplog.text
 
 
 def test_a_payload_of_an_unknown_codec_is_an_error(journal: Journal, db: Database) -> None:
