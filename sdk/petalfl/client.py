@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike
 
@@ -38,6 +38,7 @@ from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
 BACKOFF_S = (0.5, 30.0)  # of a server that cannot be reached at the start
+T = TypeVar("T")
 METER_NAME = "traffic.json"  # in the store, of a client whose bytes are limited
 
 __all__ = ["Budgets", "EdgeClient", "ExampleStore", "RoundInfo", "RoundMetrics", "Tls"]
@@ -200,10 +201,10 @@ class EdgeClient:
         if self._trainer.data.lacks_examples:
             log.info("%s waits for examples with labels", self.device)
         while self._trainer.data.lacks_examples:
-            await self._threads.call(self._pacing.rest, POLL_S)
+            await self._call(self._pacing.rest, POLL_S)
 
     async def _take_part(self) -> None:
-        session = await self._threads.call(self._enter)
+        session = await self._call(self._enter)
         assert self._trainer.identity is not None
         self._participation = Participation(
             self._trainer.identity, self._trainer, self._downlink, self._callbacks,
@@ -216,7 +217,11 @@ class EdgeClient:
         self._pacing.begin()  # what has ended a participation has stopped it
         if self._is_stopped:
             self._pacing.stop()
-        await self._threads.call(self._pacing.rest, delay_s)
+        await self._call(self._pacing.rest, delay_s)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """On a thread, which gives way where this is cancelled: then the run ends."""
+        return await self._threads.call(function, *arguments, on_cancel=self._pacing.stop)
 
     def _begin(self) -> None:
         with self._lifecycle:

@@ -1,8 +1,8 @@
 """MQTT on asyncio: paho without a thread per client.
 
 paho's own network thread stops working at about 340 clients in a process (it uses `select`);
-its socket callbacks let the event loop drive it instead. Only the blocking TCP connect runs on
-a thread.
+its socket callbacks let the event loop drive it instead. Only what is not its own, name, TCP and
+TLS, blocks: on a thread that a client which leaves does not wait for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import socket
 import ssl
 import termios
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from petalfl.backoff import delays
 from petalfl.errors import TransportError
+from petalfl.threads import abandon, run_aside
 from petalfl.tls import Tls, explain
 from petalfl.transport import Handler, dispatch
 from petalfl.waiting import within
@@ -90,14 +90,11 @@ class MqttTransport:
         self._connack: asyncio.Future[ReasonCode] | None = None
         self._lost = asyncio.Event()
         self._socket: socket.socket | None = None
-        self._is_registered = False
-        self._wants_write = False
         self._keeper: asyncio.Task[None] | None = None
         self._misc_timer: asyncio.TimerHandle | None = None
-        self._client = client = paho.Client(
+        self._client = client = _Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, reconnect_on_failure=False
         )
-        client.connect_timeout = CONNECT_TIMEOUT_S
         client.username_pw_set(*login)
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
@@ -123,7 +120,6 @@ class MqttTransport:
                 self._context = self._tls.context()
             except ValueError as error:
                 raise TransportError(str(error)) from error
-            self._client.tls_set_context(self._context)
         await self._connect_once()
         self._keeper = asyncio.create_task(self._keep_connected())
 
@@ -158,8 +154,6 @@ class MqttTransport:
         for _ in range(100):  # paho closes the socket once the goodbye is written
             if self._socket is None:
                 break
-            if not self._is_registered:
-                self._client.loop_write()
             await asyncio.sleep(0.01)
         if self._misc_timer is not None:
             self._misc_timer.cancel()
@@ -170,10 +164,10 @@ class MqttTransport:
         self._lost.clear()
         self._unregister()
         try:
-            await _on_thread(self._dial)
+            self._client.connection = await self._dial()
+            self._client.connect(self._endpoint.host, self._endpoint.port, KEEPALIVE_S)
         except (OSError, ValueError) as error:
             raise self._no_answer(error) from error
-        self._register()
         try:
             code = await within(self._timeout_s, self._connack)
         except asyncio.TimeoutError as error:  # an OSError too, on newer Pythons
@@ -188,11 +182,12 @@ class MqttTransport:
             raise TransportError(f"{self._endpoint} refuses the login: {code}")
         self._misc()
 
-    def _dial(self) -> None:
+    async def _dial(self) -> socket.socket:
+        dialing = run_aside(_connected_to, self._endpoint, self._context)
         try:
-            self._client.connect(self._endpoint.host, self._endpoint.port, KEEPALIVE_S)
-        except (OSError, ValueError) as error:
-            close_leftovers(error)  # here: asyncio makes a timeout anew, without its traceback
+            return await asyncio.wrap_future(dialing)
+        except asyncio.CancelledError:
+            abandon(dialing, socket.socket.close)
             raise
 
     def _no_answer(self, error: Exception) -> TransportError:
@@ -252,34 +247,26 @@ class MqttTransport:
         if self._connack is not None and not self._connack.done():
             self._connack.set_result(code)
 
-    # The socket. During a connect paho calls these on a worker thread, when they only take
-    # notes; `_register` acts on them afterwards, on the event loop.
+    # The socket
 
     def _socket_opened(self, c: object, u: object, opened: Any) -> None:
         # Else a small message waits for the ACK of the one before, up to 40 ms.
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = opened
-
-    def _register(self) -> None:
-        if self._socket is not None:
-            self._is_registered = True
-            asyncio.get_running_loop().add_reader(self._socket, self._read)
-            self._want_write(self._wants_write)
+        asyncio.get_running_loop().add_reader(opened, self._read)
 
     def _socket_closed(self, c: object, u: object, closed: Any) -> None:
         self._unregister()
         self._socket = None
 
     def _unregister(self) -> None:
-        if self._is_registered and self._socket is not None:
+        if self._socket is not None:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._socket)
             loop.remove_writer(self._socket)
-        self._is_registered = False
 
     def _want_write(self, wants_write: bool) -> None:
-        self._wants_write = wants_write
-        if self._is_registered and self._socket is not None:
+        if self._socket is not None:
             loop = asyncio.get_running_loop()
             if wants_write:
                 loop.add_writer(self._socket, self._client.loop_write)
@@ -327,24 +314,22 @@ def _has_more(connection: socket.socket) -> bool:
     return waiting[0] > 0
 
 
-def close_leftovers(error: Exception) -> None:
-    """Closes the socket of a failed TLS handshake, which paho leaves open.
+class _Client(paho.Client):
+    """paho's, on a connection that has been made for it."""
 
-    Args:
-        error: What paho's ``connect`` raised, with its traceback.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        leftover = frame.f_locals.get("ssl_sock")
-        if isinstance(leftover, ssl.SSLSocket):
-            leftover.close()
+    connection: socket.socket
+
+    def _create_socket(self) -> socket.socket:
+        return self.connection
 
 
-async def _on_thread(function: Callable[..., Any], *arguments: Any) -> None:
-    """Like `asyncio.to_thread`, but when cancelled it waits for the thread's end."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+def _connected_to(endpoint: Endpoint, context: ssl.SSLContext | None) -> socket.socket:
+    """After the TLS handshake, where there is a context."""
+    connection = socket.create_connection((endpoint.host, endpoint.port), CONNECT_TIMEOUT_S)
+    if context is None:
+        return connection
     try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        with contextlib.suppress(Exception):
-            await work
+        return context.wrap_socket(connection, server_hostname=endpoint.host)
+    except BaseException:
+        connection.close()
         raise

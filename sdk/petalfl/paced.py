@@ -13,11 +13,12 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+from petalfl.threads import CHECK_S, abandon, result_of, run_aside
+
 TIMEOUT_S = 30.0  # without a byte
 MIN_BYTES_PER_S = 256  # a server that is slower for a minute is given up
 MOST_PATIENCE_S = 60.0
 BUFFER_BYTES = 64 << 10
-CHECK_S = 0.5  # how often `check` is called while nothing comes
 
 
 def build_opener(
@@ -27,7 +28,8 @@ def build_opener(
 
     Args:
         context: Of ``https`` URLs; None: there are none.
-        check: Called before every read, and now and then while it waits; what it raises ends it.
+        check: Called before every read, and now and then while it waits, for a connection, too;
+            what it raises ends it.
     """
     nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else urllib reads the system's authorities
     https = _HttpsHandler(check, context or nobody)
@@ -101,12 +103,25 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Paced(sock, self.fp.detach(), check), BUFFER_BYTES)
 
 
-def _connection(
-    kind: type[http.client.HTTPConnection], check: Callable[[], None], host: str, **more: Any
-) -> http.client.HTTPConnection:
-    connection: Any = kind(host, **more)
-    connection.response_class = functools.partial(_Response, check=check)
-    return connection  # type: ignore[no-any-return]
+class _Connection(http.client.HTTPConnection):
+    """Connects aside, for the names, the addresses and the handshake may take their time."""
+
+    def __init__(self, host: str, *, check: Callable[[], None], **more: Any) -> None:
+        super().__init__(host, **more)
+        self.response_class: Any = functools.partial(_Response, check=check)
+        self._check = check
+
+    def connect(self) -> None:
+        work = run_aside(super().connect)
+        try:
+            result_of(work, self._check)
+        except BaseException:
+            abandon(work, lambda connected: self.close())
+            raise
+
+
+class _HttpsConnection(_Connection, http.client.HTTPSConnection):
+    """With the handshake of `http.client.HTTPSConnection`."""
 
 
 class _HttpHandler(urllib.request.HTTPHandler):
@@ -115,7 +130,7 @@ class _HttpHandler(urllib.request.HTTPHandler):
         self._check = check
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        make: Any = functools.partial(_connection, http.client.HTTPConnection, self._check)
+        make: Any = functools.partial(_Connection, check=self._check)
         return self.do_open(make, request)
 
 
@@ -125,5 +140,5 @@ class _HttpsHandler(urllib.request.HTTPSHandler):
         self._check, self._trust = check, context
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        make: Any = functools.partial(_connection, http.client.HTTPSConnection, self._check)
+        make: Any = functools.partial(_HttpsConnection, check=self._check)
         return self.do_open(make, request, context=self._trust)

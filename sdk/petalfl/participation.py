@@ -21,7 +21,7 @@ from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.pacing import Pacing, Stopped
 from petalfl.source import NotThereError
 from petalfl.store import Identity, Outgoing
-from petalfl.threads import Threads
+from petalfl.threads import Threads, result_of
 from petalfl.trainer import Trainer
 from petalfl.transport import Transport
 from petalfl.uplink import Uplink
@@ -30,7 +30,7 @@ from petalfl.ways import Session
 
 log = logging.getLogger("petalfl.client")
 BACKOFF_S = (0.5, 30.0)
-GOODBYE_TIMEOUT_S = 2.0
+GOODBYE_TIMEOUT_S = 1.0
 ROOM_BYTES = 16 << 10  # for a round's other messages
 REST_POLL_S = 60.0  # how often a client that rests looks at the clock
 ANNOUNCE_PAUSE_S = 0.1
@@ -82,25 +82,26 @@ class Participation:
         Args:
             get_ready: Gets the model and checks the data, on a thread, once there is a connection.
         """
+        try:
+            await self._until_stopped(asyncio.create_task(self._take_part(session, get_ready)))
+        finally:  # however it ends: no later round waits for this device
+            if self._announcing is not None:
+                self._announcing.cancel()
+            if self._transport is not None:
+                with contextlib.suppress(TransportError, asyncio.TimeoutError):
+                    await within(GOODBYE_TIMEOUT_S, self._publish_status(False))
+                await self._transport.close()
+            if self._meter is not None:
+                self._meter.save()
+
+    async def _take_part(self, session: Session, get_ready: Callable[[], None]) -> None:
         self._transport = await self._connect(session)
         if self._meter is not None:
             self._transport = MeteredTransport(self._transport, self._meter.count)
         uplink = Uplink(self._transport, self._identity.federation, self._identity.device)
-        handler = functools.partial(self._receive, uplink)
         self._downlink.attach(functools.partial(self._send, asyncio.get_running_loop()))
-        try:
-            await self._transport.subscribe(self._topic(topics.all_down), handler)
-            await self._until_stopped(asyncio.create_task(self._take_part(get_ready, uplink)))
-        finally:  # however it ends: no later round waits for this device
-            if self._announcing is not None:
-                self._announcing.cancel()
-            with contextlib.suppress(TransportError, asyncio.TimeoutError):
-                await within(GOODBYE_TIMEOUT_S, self._publish_status(False))
-            await self._transport.close()
-            if self._meter is not None:
-                self._meter.save()
-
-    async def _take_part(self, get_ready: Callable[[], None], uplink: Uplink) -> None:
+        handler = functools.partial(self._receive, uplink)
+        await self._transport.subscribe(self._topic(topics.all_down), handler)
         await self._call(get_ready)
         await self._announce()
         await self._work(uplink)
@@ -119,7 +120,11 @@ class Participation:
             on_trouble=self._callbacks.survived,
             tls=self._downlink.tls,
         )
-        await transport.connect()
+        try:
+            await transport.connect()
+        except BaseException:  # for one, it was stopped
+            await transport.close()
+            raise
         return transport
 
     def _topic(self, name: Callable[[str, str], str]) -> str:
@@ -143,7 +148,12 @@ class Participation:
         """Publishes a request for a part of a file; called on a thread."""
         assert self._transport is not None
         work = self._transport.publish(self._topic(topics.request), wire.encode(message))
-        asyncio.run_coroutine_threadsafe(work, loop).result()
+        sending = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            result_of(sending, self._pacing.check)
+        except BaseException:
+            sending.cancel()
+            raise
 
     def _announce_soon(self) -> None:
         """At once, or after the one under way: a server that wants it cannot pile them up."""

@@ -14,7 +14,9 @@ import functools
 import json
 import os
 import secrets
+import ssl
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -22,7 +24,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from petalfl.mqtt import Endpoint, close_leftovers
+from petalfl.mqtt import Endpoint
 from petalfl.tls import Tls, explain
 
 from .broker import BrokerError
@@ -174,7 +176,7 @@ class _Exchange:
         try:
             client.connect(self._broker.endpoint.host, self._broker.endpoint.port)
         except (OSError, ValueError) as error:
-            close_leftovers(error)
+            _close_leftovers(error)
             raise BrokerError(
                 f"cannot reach the MQTT broker at {self._where} ({self._why(error)}); start it, "
                 "or correct the URL"
@@ -274,3 +276,11 @@ def _login(parts: SplitResult) -> tuple[str, str]:
             "or set PETALFL_BROKER_USERNAME and PETALFL_BROKER_PASSWORD"
         )
     return username, password
+
+
+def _close_leftovers(error: Exception) -> None:
+    """Closes the socket of a failed TLS handshake, which paho's ``connect`` leaves open."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        leftover = frame.f_locals.get("ssl_sock")
+        if isinstance(leftover, ssl.SSLSocket):
+            leftover.close()

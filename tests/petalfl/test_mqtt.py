@@ -12,21 +12,23 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import paho.mqtt.client as paho
 import pytest
 
+import petalfl.mqtt
 from petalfl.errors import TransportError
 from petalfl.mqtt import Endpoint, MqttTransport
 from petalfl.tls import Tls
 from server.broker import Broker, open_broker
 from tests.certificates import Authority, Issued
 from tests.mosquitto import missing_mosquitto, mosquitto
+from tests.petalfl.deaf import deaf_listener, threads_aside
 
 CHUNK = 120 * 1024
 UP, STATUS = "fl/v1/f/req/dev-1", "fl/v1/f/dev/dev-1/status"
@@ -599,25 +601,47 @@ async def test_close_while_it_connects_again(
     cable: Cable, connect: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connect runs on a thread, which a cancelled task does not end."""
+    num_sockets = open_sockets()
     device = await connect(port=cable.port)
-    is_connecting = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    original = paho.Client.connect
+    is_connecting, is_free = threading.Event(), threading.Event()
 
-    def slow_connect(self: paho.Client, *arguments: Any) -> Any:
-        loop.call_soon_threadsafe(is_connecting.set)
-        time.sleep(0.3)
-        return original(self, *arguments)
+    def slow_connect(*arguments: Any) -> socket.socket:
+        is_connecting.set()
+        assert is_free.wait(30)
+        return connected_to(*arguments)
 
-    monkeypatch.setattr(paho.Client, "connect", slow_connect)
+    connected_to = petalfl.mqtt._connected_to
+    monkeypatch.setattr("petalfl.mqtt._connected_to", slow_connect)
     cable.cut()
-    await asyncio.wait_for(is_connecting.wait(), 30)
-    await device.close()
-    await asyncio.sleep(0.5)
-    is_in_use = cable.is_in_use
-    if device._socket is not None:
-        device._socket.close()
-    assert not is_in_use, "it connected unseen"
+    assert await asyncio.to_thread(is_connecting.wait, 30)
+    await device.close()  # does not wait for it
+    num_connections = cable.num_connections
+    is_free.set()
+    await until(lambda: cable.num_connections > num_connections, "the late connection", 30)
+    await until(lambda: not cable.is_in_use, "its end", 30)
+    assert device._socket is None
+    await until(lambda: open_sockets() == num_sockets, "the end of its sockets", 30)
+
+
+@pytest.mark.parametrize("what", ["TCP", "TLS"])
+async def test_a_connect_that_hangs_holds_nobody_up(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither whoever gives it up nor, at the end, the process; its thread ends by itself."""
+    monkeypatch.setattr("petalfl.mqtt.CONNECT_TIMEOUT_S", 3600.0)
+    num_sockets = open_sockets()
+    with deaf_listener(accepts=what == "TLS") as deaf:
+        endpoint = Endpoint("127.0.0.1", deaf.port, is_tls=what == "TLS")
+        transport = MqttTransport(endpoint, login=LOGIN, client_id="dev-1", timeout_s=3600.0)
+        connecting = asyncio.create_task(transport.connect())
+        await until(lambda: bool(threads_aside()), "the thread", 30)
+        connecting.cancel()
+        await asyncio.wait((connecting,), timeout=30)
+        assert connecting.cancelled()
+        assert threads_aside(), "nobody has waited for it"
+        await transport.close()
+    await until(lambda: not threads_aside(), "its end", 30)
+    await until(lambda: open_sockets() == num_sockets, "the end of its socket", 30)
 
 
 async def test_100_clients_on_one_loop(tmp_path: Path, stack: AsyncExitStack) -> None:

@@ -1,0 +1,141 @@
+"""Stopped in front of a server or a broker that hangs: an app that ends waits for nobody.
+
+No limit of time passes by itself here: without its being stopped, each would wait for an hour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petalfl import EdgeClient, PetalError, wire
+from petalfl.pacing import Pacing, Stopped
+from petalfl.participation import Participation
+from petalfl.provisioning import write_identity_file
+from petalfl.schema import read
+from petalfl.store import Identity
+from petalfl.threads import Threads, abandon, run_aside
+from petalfl.transport import Handler
+from tests.petalfl.clients import LABELS, A, until
+from tests.petalfl.deaf import Deaf, deaf_listener, threads_aside
+from tests.petalfl.hostile_server import IDENTITY
+
+HOUR_S = 3600.0
+OWN = read(Identity, IDENTITY)
+
+# Of a URL's scheme: whether a listener gets a connection, and where the client waits then.
+HANGS = {
+    "HTTP, connecting": ("http", False),
+    "HTTP, shaking hands": ("https", True),
+    "HTTP, listening": ("http", True),
+    "MQTT, connecting": ("mqtt", False),
+    "MQTT, shaking hands": ("mqtts", True),
+    "MQTT, listening": ("mqtt", True),
+}
+
+
+@pytest.fixture(params=HANGS)
+def peer(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Deaf]]:
+    """One that hangs, and its URL; afterwards, nothing is left of whoever waited there."""
+    scheme, accepts = HANGS[request.param]
+    for limit in ("http.TIMEOUT_S", "paced.TIMEOUT_S", "mqtt.CONNECT_TIMEOUT_S"):
+        monkeypatch.setattr(f"petalfl.{limit}", HOUR_S)
+    with deaf_listener(accepts=accepts) as deaf:
+        yield f"{scheme}://127.0.0.1:{deaf.port}", deaf
+    until(lambda: not threads_aside(), "the end of the thread that connects", 30)
+
+
+def client_at(url: str, folder: Path, told: list[PetalError]) -> EdgeClient:
+    who: dict[str, Any] = {"token": "t", "device": "d"}
+    if url.startswith("mqtt"):
+        write_identity_file(folder / "identity", OWN)
+        who = {"identity": folder / "identity"}
+    return EdgeClient(
+        url, data={"a": A}, labels=LABELS, store=folder / "store", on_error=told.append, **who
+    )
+
+
+def test_stop(peer: tuple[str, Deaf], tmp_path: Path) -> None:
+    told: list[PetalError] = []
+    url, deaf = peer
+    client = client_at(url, tmp_path, told)
+    client.start()
+    until(lambda: deaf.is_waited_for, "its connecting", 30)
+    client.close()
+    assert told == []
+
+
+async def test_cancel(peer: tuple[str, Deaf], tmp_path: Path) -> None:
+    told: list[PetalError] = []
+    url, deaf = peer
+    client = client_at(url, tmp_path, told)
+    run = asyncio.create_task(client.arun())
+    await asyncio.to_thread(until, lambda: deaf.is_waited_for, "its connecting", 30)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    client.close()
+    assert told == []
+
+
+async def test_a_request_for_a_file_while_the_connection_is_broken() -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.is_asked, self.is_cancelled = threading.Event(), threading.Event()
+
+        async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+            self.is_asked.set()
+            try:
+                await asyncio.sleep(HOUR_S)
+            finally:
+                self.is_cancelled.set()
+
+        async def subscribe(self, topic_filter: str, handler: Handler) -> None: ...
+
+        async def close(self) -> None: ...
+
+    pacing, transport, unused = Pacing(), Broken(), Any
+    participation = Participation(OWN, unused, unused, unused, pacing, Threads())  # type: ignore[arg-type]
+    participation._transport = transport
+    loop, fetch = asyncio.get_running_loop(), wire.Fetch("manifest", 0, 1 << 16, b"", None)
+    asking = asyncio.create_task(asyncio.to_thread(participation._send, loop, fetch))
+    assert await asyncio.to_thread(transport.is_asked.wait, 30)
+    pacing.stop()
+    with pytest.raises(Stopped):
+        await asking
+    assert await asyncio.to_thread(transport.is_cancelled.wait, 30), "it is sent later"
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_what_was_abandoned_is_discarded(is_late: bool) -> None:
+    is_free = threading.Event()
+    discarded: list[str] = []
+
+    def get() -> str:
+        assert is_free.wait(30)
+        return "it"
+
+    work = run_aside(get)
+    if not is_late:
+        is_free.set()
+        work.result(30)
+    abandon(work, discarded.append)
+    assert discarded == ([] if is_late else ["it"])
+    is_free.set()
+    until(lambda: discarded == ["it"], "its end", 30)
+
+
+def test_nothing_is_discarded_of_what_failed() -> None:
+    def fail() -> str:
+        raise OSError
+
+    work = run_aside(fail)
+    abandon(work, lambda result: pytest.fail("there is nothing"))
+    assert isinstance(work.exception(30), OSError)
