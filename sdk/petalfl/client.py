@@ -243,6 +243,8 @@ class EdgeClient:
     def start(self) -> None:
         """`run` on a thread of its own, until `stop`; what ends it is told to ``on_error``.
 
+        See also `is_running` and `wait`.
+
         Raises:
             RuntimeError: It is running already.
         """
@@ -323,6 +325,37 @@ class EdgeClient:
         if self._participation is not None:
             message(self._participation)
 
+    @property
+    def is_running(self) -> bool:
+        """From the beginning of `run`, `start` or `arun` to its end, whatever that was."""
+        return self._loop is not None
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until the client runs no longer: after the last round, an error or `stop`.
+
+        Args:
+            timeout_s: At most so long; None: without end.
+
+        Returns:
+            Whether it has ended.
+
+        Raises:
+            RuntimeError: It is called from a callback, or on the event loop of `arun`: from within
+                the run that it would wait for.
+        """
+        if self._is_inside():
+            raise RuntimeError("a run cannot wait for its own end: wait elsewhere")
+        if self._thread is not None and self._thread.is_alive():  # it tells of errors at its end
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return not self.is_running or self._has_ended.wait(timeout_s)
+
+    def _is_inside(self) -> bool:
+        """Whether this is called, however deep, by the client's own run."""
+        is_own_thread = threading.current_thread() is self._thread
+        is_on_loop = threading.get_ident() == self._loop_thread
+        return is_own_thread or is_on_loop or self._threads.is_own()
+
     def close(self) -> None:
         """Stops the client, and gives the store back to other clients.
 
@@ -335,11 +368,8 @@ class EdgeClient:
             if not is_running:
                 self._store.close()
         self.stop()
-        is_inside = self._threads.is_own() or threading.get_ident() == self._loop_thread
-        if is_running and not is_inside:
-            self._has_ended.wait()
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join()
+        if is_running and not self._is_inside():
+            self.wait()
 
     def __enter__(self) -> EdgeClient:
         return self

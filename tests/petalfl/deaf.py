@@ -28,6 +28,14 @@ class Deaf:
             return bool(threads_aside())
         return bool(select.select([self.listener], [], [], 0)[0])
 
+    def wait_for_the_end(self) -> None:
+        """Until whoever has connected hangs up."""
+        connection, _ = self.listener.accept()
+        with connection, contextlib.suppress(ConnectionResetError):
+            connection.settimeout(30)
+            while connection.recv(4096):
+                pass
+
 
 @contextlib.contextmanager
 def deaf_listener(*, accepts: bool) -> Iterator[Deaf]:

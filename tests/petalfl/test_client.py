@@ -349,6 +349,73 @@ def test_start_runs_aside(busy: Server, make: Make) -> None:
     assert client._trainer.state.round_num == 3
 
 
+@pytest.mark.parametrize("way", ["start", "run"])
+def test_whoever_waits_for_the_end(busy: Server, make: Make, way: str) -> None:
+    is_held, is_free = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        is_held.set()
+        assert is_free.wait(30)
+
+    client = make(busy, "d", on_progress=hold)
+    assert not client.is_running and client.wait(), "nothing runs: nothing to wait for"
+    aside = threading.Thread(target=getattr(client, way))
+    aside.start()
+    assert is_held.wait(30)
+    assert client.is_running and not client.wait(0.01)
+    is_free.set()
+    assert client.wait(60)
+    assert not client.is_running and client._trainer.state.round_num == 3
+    aside.join()
+
+
+def test_what_ended_it_is_told_before_the_end(busy: Server, make: Make) -> None:
+    errors: list[PetalError] = []
+
+    def fail(info: RoundInfo) -> None:
+        raise ValueError("the app's own")
+
+    def tell(error: PetalError) -> None:
+        time.sleep(0.2)
+        errors.append(error)
+
+    client = make(busy, "d", on_round=fail, on_error=tell)
+    client.start()
+    assert client.wait(60)
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("callback", ["on_round", "on_error"])
+def test_a_run_does_not_wait_for_itself(busy: Server, make: Make, callback: str) -> None:
+    found: list[BaseException] = []
+
+    def wait(news: object) -> None:
+        try:
+            client.wait()
+        except RuntimeError as error:
+            found.append(error)
+        client.stop()
+
+    token = "guess" if callback == "on_error" else busy.token
+    client: EdgeClient = make(busy, "d", token=token, **{callback: wait})
+    client.start()
+    assert client.wait(60)
+    assert list(map(str, found)) == ["a run cannot wait for its own end: wait elsewhere"]
+
+
+def test_the_loop_of_a_run_does_not_wait_for_it(idle: Server, make: Make) -> None:
+    async def scenario() -> None:
+        client = make(idle, "d")
+        run = asyncio.create_task(client.arun())
+        await asyncio.to_thread(until, lambda: is_ready(idle, "d"), "the device is ready", 30)
+        with pytest.raises(RuntimeError, match="cannot wait for its own end"):
+            client.wait()
+        client.stop()
+        await run
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("when", ["at once", "amid training"])
 def test_close_ends_what_was_started(busy: Server, make: Make, when: str) -> None:
     is_training = threading.Event()

@@ -222,7 +222,7 @@ def test_labels_may_come_later(
         until(lambda: client._loop is not None, "the start")
         assert client._trainer.identity is None
         examples.label(example, 1)
-        until(lambda: client._trainer.state.round_num == 3, "the last round", 30)
+        until(lambda: client._trainer.state.round_num == 3, "the last round")
         client.close()
         waiting = make(busy, "other", data=ExampleStore(tmp_path / "empty"), labels=None)
         waiting.start()

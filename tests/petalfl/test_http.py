@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import socket
@@ -19,6 +20,7 @@ from petalfl.errors import EnrollError, PetalError, TransportError
 from petalfl.http import HttpClient
 from petalfl.paced import TIMEOUT_S, _Paced
 from petalfl.pacing import Stopped
+from tests.petalfl.deaf import deaf_listener
 
 
 class Site:
@@ -170,6 +172,25 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TransportError, match=f"no petalfl server answers at {url}: timed out"):
             HttpClient(url).get("/x", 10)
+
+
+def test_a_connection_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_free = threading.Event()
+    connect = http.client.HTTPConnection.connect
+
+    def connect_late(self: http.client.HTTPConnection) -> None:
+        assert is_free.wait(30)
+        connect(self)
+
+    def check() -> None:
+        raise Stopped
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect_late)
+    with deaf_listener(accepts=True) as deaf:
+        with pytest.raises(Stopped):
+            HttpClient(f"http://127.0.0.1:{deaf.port}", check=check).get("/x", 10)
+        is_free.set()
+        deaf.wait_for_the_end()
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000])

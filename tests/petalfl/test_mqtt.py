@@ -617,10 +617,10 @@ async def test_close_while_it_connects_again(
     await device.close()  # does not wait for it
     num_connections = cable.num_connections
     is_free.set()
-    await until(lambda: cable.num_connections > num_connections, "the late connection", 30)
-    await until(lambda: not cable.is_in_use, "its end", 30)
+    await until(lambda: cable.num_connections > num_connections, "the late connection")
+    await until(lambda: not cable.is_in_use, "its end")
     assert device._socket is None
-    await until(lambda: open_sockets() == num_sockets, "the end of its sockets", 30)
+    await until(lambda: open_sockets() == num_sockets, "the end of its sockets")
 
 
 @pytest.mark.parametrize("what", ["TCP", "TLS"])
@@ -634,14 +634,14 @@ async def test_a_connect_that_hangs_holds_nobody_up(
         endpoint = Endpoint("127.0.0.1", deaf.port, is_tls=what == "TLS")
         transport = MqttTransport(endpoint, login=LOGIN, client_id="dev-1", timeout_s=3600.0)
         connecting = asyncio.create_task(transport.connect())
-        await until(lambda: bool(threads_aside()), "the thread", 30)
+        await until(lambda: bool(threads_aside()), "the thread")
         connecting.cancel()
         await asyncio.wait((connecting,), timeout=30)
         assert connecting.cancelled()
         assert threads_aside(), "nobody has waited for it"
         await transport.close()
-    await until(lambda: not threads_aside(), "its end", 30)
-    await until(lambda: open_sockets() == num_sockets, "the end of its socket", 30)
+    await until(lambda: not threads_aside(), "its end")
+    await until(lambda: open_sockets() == num_sockets, "the end of its socket")
 
 
 async def test_100_clients_on_one_loop(tmp_path: Path, stack: AsyncExitStack) -> None:
