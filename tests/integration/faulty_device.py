@@ -53,6 +53,7 @@ class Setup:
         receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
         examples: A folder of an `ExampleStore` to train on, filled if it is empty; "": of arrays.
         max_age_s: Of that store.
+        is_quick: Whether it tries again sooner than by default.
         mqtt_port: Where it finds the broker; 0: where the server says.
     """
 
@@ -66,6 +67,7 @@ class Setup:
     receipt_timeout_s: float = 1.0
     examples: str = ""
     max_age_s: float | None = None
+    is_quick: bool = True
     mqtt_port: int = 0
 
 
@@ -125,7 +127,8 @@ def read_to_the_end(process: subprocess.Popen[str]) -> list[str]:
 def main(setup: Setup) -> None:
     """Takes part until the federation's end."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # ONNX Runtime would import it, in 2 s
-    be_quick(setup.receipt_timeout_s)
+    if setup.is_quick:
+        be_quick(setup.receipt_timeout_s)
     tell_steps(setup.pause_s)
     if setup.hold_at:
         hold_up(setup.hold_at, Path(setup.until))

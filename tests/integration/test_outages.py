@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -107,6 +108,34 @@ def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_
             read_until(process, "error TransportError: no blocks yet")
         http.start()
         assert "round 2" in read_to_the_end(process)
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
+def test_the_http_server_is_gone_for_a_minute(watch_artifacts: Path, tmp_path: Path) -> None:
+    """A real one, with the back-off that an app has; MQTT stays."""
+    arguments = (*ALONE, "--rounds", "2")
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            running_server(watch_artifacts, tmp_path / "server", *arguments)
+        )
+        http = stack.enter_context(lossy_proxy(port_of(server.url)))
+        url = f"http://127.0.0.1:{http.port}"
+        process = stack.enter_context(
+            faulty_device(url, server.token, tmp_path / "store", is_quick=False)
+        )
+        read_until(process, "round 1")
+        http.vanish()
+        gone_s = time.monotonic()
+        read_until(process, "error TransportError: no blocks yet")
+        while time.monotonic() < gone_s + 60:
+            assert server.get("devices")["acc-only"]["is_ready"]
+            time.sleep(5)
+        http.start()
+        said = read_to_the_end(process)
+        assert "round 2" in said
+        errors = [line for line in said if line.startswith("error")]
+        assert all("no blocks yet" in error for error in errors)
+        assert 1 <= len(errors) <= 9, "0.5 s, twice that and so on, each up to half shorter"
         assert_counted_once(server, num_rounds=2, num_devices=1)
 
 

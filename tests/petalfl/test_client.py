@@ -27,6 +27,7 @@ from petalfl import (
 )
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
+from petalfl.pacing import Pacing
 from petalfl.store import DeviceStore, Outgoing
 from petalfl.uplink import Uplink
 from petalfl.ways import Session
@@ -472,6 +473,69 @@ def test_close_waits_for_a_run_elsewhere(busy: Server, make: Make, tmp_path: Pat
     client.close()
     DeviceStore(tmp_path / "d").close()
     thread.join()
+
+
+class ContendedLock:
+    """Says whether somebody has had to wait for it."""
+
+    def __init__(self) -> None:
+        self.is_wanted = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_wanted.set()
+            self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("what", ["close", "stop"])
+def test_an_end_at_the_very_beginning(
+    idle: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Between a run's looking whether it may begin and its having begun."""
+    is_beginning, is_free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        if threading.current_thread() is runner:
+            is_beginning.set()
+            assert is_free.wait(30)
+
+    class Held:
+        """As `threading`, but ``get_ident``, which `_begin` calls in between, takes its time."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(threading, name)
+
+        def get_ident(self) -> int:
+            hold()
+            return threading.get_ident()
+
+    def begin(self: Pacing) -> None:
+        hold()
+        begin_at_once(self)
+
+    begin_at_once = Pacing.begin
+    if what == "close":
+        monkeypatch.setattr("petalfl.client.threading", Held())
+    else:
+        monkeypatch.setattr(Pacing, "begin", begin)
+    client = make(idle, "d")
+    client._lifecycle = lock = ContendedLock()  # type: ignore[assignment]
+    runner = threading.Thread(target=client.run)
+    ender = threading.Thread(target=getattr(client, what))
+    runner.start()
+    assert is_beginning.wait(30)
+    ender.start()
+    until(lambda: lock.is_wanted.is_set() or not ender.is_alive(), "its end")
+    with pytest.raises(StoreError, match="is open already"):
+        DeviceStore(tmp_path / "d")
+    is_free.set()
+    for thread in (ender, runner):
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_a_client_runs_once_at_a_time(idle: Server, make: Make) -> None:

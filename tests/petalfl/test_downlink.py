@@ -387,6 +387,71 @@ def test_a_model_that_the_disk_has_no_room_for(
         fetch_model(device)
 
 
+def test_what_has_come_already_needs_no_room(
+    server: FileServer, device: Device, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 0
+
+    def disk_usage(path: Path) -> Any:
+        return type("Usage", (), {"free": free})
+
+    def num_missing() -> int:
+        with pytest.raises(StoreError, match=r"have \d+ bytes to come, the disk has 0") as refusal:
+            fetch_model(device)
+        return int(str(refusal.value).split()[4])
+
+    monkeypatch.setattr("petalfl.downlink.shutil.disk_usage", disk_usage)
+    total, free = num_missing(), 1 << 20
+    server.cuts = [1 << 20, 1 << 20, 1 << 20, 2]  # the manifest, two files, and 2 bytes
+    with pytest.raises(TransportError, match="hung up"):
+        fetch_model(device)
+    device.restart()
+    there, free = sum(path.stat().st_size for path in device.left()), 0
+    assert there > 2
+    free = num_missing()
+    assert free == total - there
+    fetch_model(device)
+    assert device.left() == []
+
+
+def test_the_model_before_is_whole_until_all_of_the_next_has_come(
+    server: FileServer, device: Device, model: Path
+) -> None:
+    fetch_model(device)
+    before = kept_by(device)
+    changed = {}
+    for path in before:
+        if path.endswith("eval_model.onnx"):
+            old, new = before[path], before[path].upper()
+            manifest = server.files["/v1/fed/manifest"]
+            manifest = manifest.replace(sha256(old), sha256(new))
+            server.files |= {f"/v1/fed/artifacts/{path}": new, "/v1/fed/manifest": manifest}
+            changed[path] = new
+    assert len(changed) == 3
+    server.cuts = [1 << 20, 1 << 20, 1 << 20, 0]  # the manifest and two of them come
+    with pytest.raises(TransportError, match="hung up"):
+        fetch_model(device)
+    assert kept_by(device) == before
+    device.restart()
+    assert kept_by(device) == before
+    fetch_model(device)
+    assert kept_by(device) == before | changed | {"manifest.json": manifest}
+
+
+def kept_by(device: Device) -> dict[str, bytes]:
+    """Of the model's files, in place."""
+    folder = device.store.artifacts
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
 def test_a_manifest_without_end(server: FileServer, device: Device, model: Path) -> None:
     server.files["/v1/fed/manifest"] = bytes((4 << 20) + 1)
     with pytest.raises(TransportError, match="manifest sends more than the 4194304 bytes due"):

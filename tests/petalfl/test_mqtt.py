@@ -352,6 +352,39 @@ async def test_a_break_amid_large_messages_loses_none(connect: Opener, cable: Ca
 
 
 @pytest.mark.usefixtures("is_quick")
+async def test_what_a_break_cannot_be_mended_for_is_told_once(
+    connect: Opener, cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each reason, and again at the next break."""
+    tries, told, calls = list[None](), list[str](), list[None]()
+    connected_to = petalfl.mqtt._connected_to
+
+    def counted(*arguments: Any) -> socket.socket:
+        tries.append(None)
+        return connected_to(*arguments)
+
+    monkeypatch.setattr("petalfl.mqtt._connected_to", counted)
+    device = await connect(
+        port=cable.port,
+        on_connect=lambda: calls.append(None),
+        on_trouble=lambda error: told.append(str(error)),
+    )
+    refused = f"no broker answers at mqtt://127.0.0.1:{cable.port}: "
+    for number in (1, 2):
+        await cable.pull()
+        tries.clear()
+        await until(lambda: len(tries) > 3, "more tries")
+        assert len(told) == 1 and told[0].startswith(refused)
+        cable.is_mute, device._timeout_s = True, 0.2  # another reason
+        await cable.plug()
+        await until(lambda: len(told) > 1, "the second reason")
+        assert "sent no CONNACK in 0.2 s" in told[1]
+        cable.is_mute, device._timeout_s = False, 30
+        await until(lambda n=number: len(calls) == n, "on_connect")  # type: ignore[misc]
+        told.clear()
+
+
+@pytest.mark.usefixtures("is_quick")
 async def test_subscribing_during_a_break(connect: Opener, cable: Cable) -> None:
     calls: list[None] = []
     device = await connect(port=cable.port, on_connect=lambda: calls.append(None))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from petalfl.app_data import AppData
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
+from petalfl.pacing import Pacing
 from petalfl.participation import Participation
 from petalfl.source import NotThereError
 from petalfl.store import DeviceStore, Outgoing, Shared, State
@@ -36,6 +40,7 @@ from petalfl.transport import MemoryBroker
 from petalfl.uplink import Uplink
 from petalfl.vectors import to_bytes
 from tests.integration.harness import Server, running_server
+from tests.integration.lossy import lossy_proxy
 from tests.petalfl.clients import (
     A,
     B,
@@ -56,6 +61,32 @@ def test_a_device_that_fails_is_not_waited_for(busy: Server, make: Make) -> None
     with pytest.raises(ZeroDivisionError):
         make(busy, "d", on_round=fail).run()
     until(lambda: not is_ready(busy, "d"), "the device is gone")
+
+
+def test_a_broker_that_is_away_is_told(
+    idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petalfl.mqtt.BACKOFF_S", (0.05, 0.1))
+    get_session = Downlink.get_session
+    with lossy_proxy(mqtt_port(idle)) as proxy:
+        monkeypatch.setattr(
+            Downlink, "get_session", lambda self: replace(get_session(self), mqtt_port=proxy.port)
+        )
+        errors: list[PetalError] = []
+        client = make(idle, "away", on_error=errors.append)
+        with running(client):
+            until(lambda: is_ready(idle, "away"), "the device is ready")
+            proxy.vanish()
+            until(lambda: bool(errors), "what the app is told")
+            proxy.start()
+            until(lambda: client._participation is not None, "its part")
+    where = f"no broker answers at mqtt://127.0.0.1:{proxy.port}: "
+    assert all(isinstance(error, TransportError) for error in errors)
+    assert str(errors[0]).startswith(where)
+
+
+def mqtt_port(server: Server) -> int:
+    return int(server.query("SELECT value FROM settings WHERE key = 'broker port'")[0][0])
 
 
 def test_a_device_that_is_cancelled_is_not_waited_for(idle: Server, make: Make) -> None:
@@ -216,6 +247,56 @@ def part_of(client: EdgeClient) -> Participation:
 
 def numbered_task(round_num: int) -> wire.Task:
     return wire.Task(round_num, 0, Hyperparameters(0.1), 0, {"head": version(round_num)})
+
+
+# The outbox
+
+
+class Accepting(Uplink):
+    """Accepts everything, and notes which control variates are on disk when it is asked to."""
+
+    def __init__(self, store: DeviceStore) -> None:
+        self.on_disk: list[dict[str, bytes]] = []
+        self._store = store
+
+    async def deliver(
+        self,
+        outgoing: Outgoing,
+        on_judged: Callable[[wire.Receipt], None] = lambda receipt: None,
+    ) -> wire.Receipt:
+        self.on_disk.append(self._store.read_state().controls)
+        receipt = wire.Receipt(bytes(16), "accepted", "")
+        on_judged(receipt)
+        return receipt
+
+
+async def test_control_variates_are_on_disk_before_the_next_update_goes(tmp_path: Path) -> None:
+    """After a crash, what the server has accepted of SCAFFOLD counts here, too."""
+    state = State(
+        1,
+        outbox=(outgoing_update("encoder-a"), outgoing_update("encoder-b")),
+        controls={"encoder-b": b"old."},
+        next_controls={"encoder-a": b"newa", "encoder-b": b"newb"},
+    )
+    with contextlib.closing(DeviceStore(tmp_path)) as store:
+        store.write_state(state)
+        unused: Any = None
+        trainer = Trainer(store, unused, Pacing(), Budgets(), 1, "auto")
+        uplink = Accepting(store)
+        await Participation(unused, trainer, unused, unused, unused, Threads())._deliver_outbox(
+            uplink
+        )
+        assert uplink.on_disk == [
+            {"encoder-b": b"old."},
+            {"encoder-a": b"newa", "encoder-b": b"old."},
+        ]
+        assert store.read_state() == State(1, controls=state.next_controls)
+
+
+def outgoing_update(block: str) -> Outgoing:
+    update_id = hashlib.sha256(block.encode()).digest()[:16]
+    manifest = wire.UpdateManifest(update_id, block, 1, 1, 24, "f32", 4, "0" * 64)
+    return Outgoing(wire.encode(manifest), b"")
 
 
 def version(number: int) -> wire.BlockVersion:
