@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from petalfl.errors import StoreError
 from petalfl.files import PIECE_BYTES, sync_folder
@@ -73,12 +72,7 @@ class Partial:
     def __enter__(self) -> Partial:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -49,25 +49,38 @@ def bytes_down(server: Server) -> int:
     return found
 
 
+def killed_amid_a_download(server: Server, through: Server, store: Path) -> tuple[int, int]:
+    """A device that is killed amid the first version of a block, and started again.
+
+    Args:
+        through: As the device reaches the server.
+
+    Returns:
+        The bytes on its disk when it was killed, and those that the server sent from then on.
+    """
+    with device_process(through, store, "block 300000") as process:
+        assert read_until_here(process) == []
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    [partial] = (store / "downloads" / "blocks").iterdir()
+    before, size = bytes_down(server), partial.stat().st_size
+    assert 300_000 <= size < BLOCK_BYTES
+    with device_process(through, store, "none") as process:
+        assert read_until_here(process) == ["round 1"]
+        assert process.wait() == 0
+    assert before + BLOCK_BYTES - size < 2 * BLOCK_BYTES
+    assert server.get("status")["is_finished"]
+    return size, bytes_down(server) - before
+
+
 def test_a_device_that_is_killed_amid_a_download_goes_on_there(
     watch_artifacts: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     with running_server(watch_artifacts, tmp_path / "server", *ALONE) as server:
-        with device_process(server, store, "block 300000") as process:
-            assert read_until_here(process) == []
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
-        [partial] = (store / "downloads" / "blocks").iterdir()
-        before, size = bytes_down(server), partial.stat().st_size
-        assert 300_000 <= size < BLOCK_BYTES
-        with device_process(server, store, "none") as process:
-            assert read_until_here(process) == ["round 1"]
-            assert process.wait() == 0
+        came, rest = killed_amid_a_download(server, server, store)
         # The rest of the first version, and the second.
-        assert bytes_down(server) - before == BLOCK_BYTES - size + BLOCK_BYTES
-        assert before + BLOCK_BYTES - size < 2 * BLOCK_BYTES
-        assert server.get("status")["is_finished"]
+        assert rest == BLOCK_BYTES - came + BLOCK_BYTES
     assert not any(path.is_file() for path in (store / "downloads").rglob("*"))
 
 
@@ -152,20 +165,9 @@ def test_a_device_without_http_that_is_killed_amid_a_download_goes_on_there(
         through = Server(watch_artifacts, server.data_dir, ())
         through.url = enroll(server, three_devices()[0], identity)
         through.token = str(identity)
-        with device_process(through, store, "block 300000") as process:
-            assert read_until_here(process) == []
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
-        [partial] = (store / "downloads" / "blocks").iterdir()
-        before, size = bytes_down(server), partial.stat().st_size
-        assert 300_000 <= size < BLOCK_BYTES
-        with device_process(through, store, "none") as process:
-            assert read_until_here(process) == ["round 1"]
-            assert process.wait() == 0
+        came, rest = killed_amid_a_download(server, through, store)
         # The rest of the first version, and the second; what was sent twice, one window at most.
-        assert bytes_down(server) - before <= 2 * BLOCK_BYTES - size + MAX_FETCH_BYTES // 4
-        assert before + BLOCK_BYTES - size < 2 * BLOCK_BYTES
-        assert server.get("status")["is_finished"]
+        assert rest <= 2 * BLOCK_BYTES - came + MAX_FETCH_BYTES // 4
 
 
 BROKERS = ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
