@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="as JSON")
     check.set_defaults(run=_check_config)
     add_commands(commands)
-    provision.add_command(commands)
+    provision.add_commands(commands)
     return parser
 
 

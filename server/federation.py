@@ -155,6 +155,13 @@ class Federation:
         """The device takes no part in the rounds to come until it is ready again."""
         self.roster.ready.pop(device, None)
 
+    def remove(self, device: str) -> None:
+        """Goes on without a device that is not enrolled any longer."""
+        self.roster.ready.pop(device, None)
+        if self.round is not None:
+            self.round.remove(device)
+            self._advance_soon()
+
     def on_question(self, device: str, update_id: bytes) -> wire.Receipt | None:
         """The receipt once more, of whatever round the update is; None where there was none."""
         entry = self._state.find_update(update_id)

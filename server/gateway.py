@@ -137,6 +137,13 @@ class Gateway:
         else:
             self._publish(device, message)
 
+    def forget(self, device: str) -> None:
+        """Gives up what is under way from a device, and what is known of it."""
+        self.transfers.end_all(device)
+        self._ask_waiting()
+        for known in (self._malformed, self._judged, self._unheard, self._accepted):
+            known.pop(device, None)
+
     def publish_version(self, block: str, version: wire.BlockVersion) -> None:
         """Publishes the retained pointer to a block's newest version, in the background."""
         self._versions[block] = version

@@ -133,6 +133,12 @@ class Round:
         self._open.pop(device, None)
         self._excused.discard(device)
 
+    def remove(self, device: str) -> None:
+        """Takes nothing more from a device; its updates that count do so still."""
+        self.give_up(device)
+        self.cohort.pop(device, None)
+        self.reports.pop(device, None)
+
     def excuse(self, device: str, round_num: int) -> bool:
         """Whether a device is at work on that task, which it leaves out.
 

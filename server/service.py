@@ -106,7 +106,7 @@ async def serve(
         )  # fmt: skip
         await transport.connect()
         stack.push_async_callback(transport.close)
-        apps = []
+        apps, admin_token = [], secrets.token_urlsafe(24)
         for name in names:
             federation, state = federations[name], states[name]
             cut_off = functools.partial(_cut_off, broker)
@@ -122,7 +122,7 @@ async def serve(
             stack.callback(federation.close)
             token = effective.federations[name]["token"].value
             token = token or state.setting("token", secrets.token_urlsafe(24))
-            apps.append(WebApp(federation, state, broker, gateway, token))
+            apps.append(WebApp(federation, state, broker, gateway, token, admin_token))
         certificates = _Certificates(tls, broker)
         address = effective.server["http"].value
         url = await _listen(build_app(apps), address, stack, certificates.context)
@@ -130,7 +130,7 @@ async def serve(
             app.source.federation.start(app.source.gateway)
         reloading = _Reloading(effective, federations, again, certificates.renew)
         loop.add_signal_handler(signal.SIGHUP, reloading.run)
-        _write_runtime(url, apps, effective.server["data_dir"].value, stack)
+        _write_runtime(url, apps, admin_token, effective.server["data_dir"].value, stack)
         for app in apps:
             model = models[app.name]
             print(_welcome(model.manifest, model.config, broker, url, app.token), flush=True)
@@ -238,10 +238,17 @@ async def _listen(
 
 
 def _write_runtime(
-    url: str, apps: list[WebApp], data_dir: Path, stack: contextlib.AsyncExitStack
+    url: str,
+    apps: list[WebApp],
+    admin_token: str,
+    data_dir: Path,
+    stack: contextlib.AsyncExitStack,
 ) -> None:
     tokens = {app.name: app.token for app in apps}
-    runtime = {"url": url, "token": apps[0].token, "tokens": tokens, "pid": os.getpid()}
+    runtime = {
+        "url": url, "token": apps[0].token, "tokens": tokens, "admin_token": admin_token,
+        "pid": os.getpid(),
+    }  # fmt: skip
     write_atomic(data_dir / RUNTIME_FILE, json.dumps(runtime).encode())
     stack.callback((data_dir / RUNTIME_FILE).unlink, missing_ok=True)
 

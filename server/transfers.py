@@ -145,6 +145,11 @@ class Transfers:
         if not self._by_device[device]:
             del self._by_device[device]
 
+    def end_all(self, device: str) -> None:
+        """Forgets all transfers of a device."""
+        for update_id in list(self._by_device.get(device, ())):
+            self.end(device, update_id)
+
     def begin_waiting(self) -> list[Transfer]:
         """Begins those in line for which there is room now; their devices must be asked."""
         begun = []

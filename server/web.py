@@ -61,6 +61,13 @@ class EnrollRequest:
     modalities: Annotated[tuple[Name, ...], Limit(1, 64)]
 
 
+@dataclass(frozen=True, slots=True)
+class RevokeRequest:
+    """Whose enrollment ends."""
+
+    device: Name
+
+
 R = TypeVar("R", EnrollRequest, ModalitiesRequest)
 
 
@@ -74,12 +81,13 @@ class WebApp:
         broker: Broker,
         gateway: Gateway,
         token: str,
+        admin_token: str = "",
     ) -> None:
         self._federation = federation
         self._state = state
         self._broker = broker
         self._gateway = gateway
-        self.token = token
+        self.token, self._admin_token = token, admin_token
         self.name = federation.config.federation
         self._started_s = time.monotonic()
         self._catalog = Catalog(federation, state)
@@ -92,6 +100,7 @@ class WebApp:
         root = f"/v1/{self.name}"
         return [
             web.post(f"{root}/enroll", self._for_operator(self._enroll)),
+            web.post(f"{root}/revoke", self._for_admin(self._revoke)),
             web.post(f"{root}/modalities", self._for_device(self._add_modalities)),
             web.get(f"{root}/status", self._for_operator(self._status)),
             web.get(f"{root}/rounds", self._for_operator(self._rounds)),
@@ -113,9 +122,17 @@ class WebApp:
 
     def is_operator(self, request: web.Request) -> bool:
         """Whether the request has this federation's token."""
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        found = given.encode(errors="surrogateescape")
-        return hmac.compare_digest(found, self.token.encode()) and kind == "Bearer"
+        return _has_token(request, self.token)
+
+    def _for_admin(self, handler: Handler) -> Handler:
+        """Who reads the server's data folder: apps have the join token, too."""
+
+        async def checked(request: web.Request) -> web.StreamResponse:
+            if not self._admin_token or not _has_token(request, self._admin_token):
+                raise web.HTTPUnauthorized(text="only on the server's own machine")
+            return await handler(request)
+
+        return checked
 
     def _for_operator(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
@@ -185,6 +202,22 @@ class WebApp:
                 "private_tensors"
             ]  # a device that knows of none takes part where there are none
         return web.json_response(reply)
+
+    async def _revoke(self, request: web.Request) -> web.Response:
+        """Ends a device's logins; what it has sent so far counts."""
+        try:
+            device = read(RevokeRequest, await request.json(), "revocation").device
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        async with self._enrolling:
+            if not self.has_device(device):
+                raise web.HTTPNotFound(text=f"device {device} is not enrolled in {self.name}")
+            await self._broker.revoke(device)
+            self._state.remove_device(device)
+        self._federation.remove(device)
+        self._gateway.forget(device)
+        log.warning("device %s is revoked", device)
+        return web.json_response({"device": device})
 
     def _make_password(self, device: str, key: str) -> str:
         """At random; with a key of the device's the same whenever it asks again."""
@@ -285,6 +318,12 @@ class WebApp:
                 for name, modalities in self._state.devices().items()
             }
         )
+
+
+def _has_token(request: web.Request, token: str) -> bool:
+    kind, _, given = request.headers.get("Authorization", "").partition(" ")
+    found = given.encode(errors="surrogateescape")
+    return hmac.compare_digest(found, token.encode()) and kind == "Bearer"
 
 
 def _asked_host(request: web.Request) -> str:

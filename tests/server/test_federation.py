@@ -676,6 +676,35 @@ async def test_a_round_closes_without_a_device_that_leaves_it_out(site: Site) ->
         assert run.federation.round_num == 2
 
 
+async def test_a_revoked_device_is_not_waited_for_and_what_it_has_sent_counts(
+    site: Site,
+) -> None:
+    with site.run(ready=EVERYBODY, min_devices=3, num_rounds=1) as run:
+        door = await Door(site.manifest, run.federation).open()
+        run.federation.start(door.gateway)
+        await door.send("head", *messages_of(make_update("watch", "head", 1.0)))
+        begin, *_ = messages_of(make_update("watch", "fusion", 1.0))
+        await door.send("fusion", begin)
+        run.federation.on_report("watch", make_report("watch"))
+        run.state.remove_device("watch")
+        run.federation.remove("watch")
+        door.gateway.forget("watch")
+        assert len(door.gateway.transfers) == 0
+        late = run.federation.on_update(make_update("watch", "fusion", 5.0))
+        assert "not in the cohort" in late.reason
+        run.federation.on_report("phone", make_report("phone"))
+        await settle()
+        assert run.federation.round is not None, "both is at work"
+    with site.run(num_rounds=1) as run:  # nor after a restart
+        assert cohort(run).keys() == {"phone", "both"}
+        run.federation.on_report("both", make_report("both"))
+        await settle()
+        assert run.federation.finished.is_set()
+        np.testing.assert_array_equal(run.block("head"), INITIAL["head"] + 1)
+        run.ready("watch")
+        assert "watch" not in run.sender.finishes()
+
+
 async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
     with site.run(min_devices=2) as run:
         door = await Door(site.manifest, run.federation).open()

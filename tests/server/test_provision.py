@@ -19,9 +19,24 @@ class Operator:
     """Somebody at a shell."""
 
     def __init__(self, served: Served, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.served, self.out = served, folder / "new.json"
+        self.served, self.out, self.folder = served, folder / "new.json", folder
         self.url = str(served.client.make_url("")).rstrip("/")
         self._capsys = capsys
+
+    def write_runtime(self) -> None:
+        """As a server does that runs on this machine."""
+        runtime = {
+            "url": self.url, "token": "x", "tokens": {FED: TOKEN, "other": "y"}, "pid": 1,
+            "admin_token": "admin's token",
+        }  # fmt: skip
+        (self.folder / "server.json").write_text(json.dumps(runtime))
+
+    async def revoke(self, device: str, *more: str) -> tuple[int, str]:
+        """The exit code, and what it prints or why it does not."""
+        words = ["revoke", device, "--data-dir", str(self.folder), *more]
+        code = await asyncio.to_thread(cli.main, words)
+        said = self._capsys.readouterr()
+        return code, said.out + said.err
 
     async def enroll(self, device: str = "new", *more: str, modalities: str = "acc") -> str:
         """What it prints, or why it does not."""
@@ -61,8 +76,7 @@ async def test_the_file_is_the_devices_identity(operator: Operator) -> None:
 
 
 async def test_the_server_on_this_machine_is_found(operator: Operator, tmp_path: Path) -> None:
-    runtime = {"url": operator.url, "token": "x", "tokens": {FED: TOKEN, "other": "y"}, "pid": 1}
-    (tmp_path / "server.json").write_text(json.dumps(runtime))
+    operator.write_runtime()
     here = ("--data-dir", str(tmp_path))
     assert "found federation 'third', it serves fed, other" in await operator.enroll(
         "new", *here, "--federation", "third"
@@ -115,3 +129,23 @@ async def test_a_file_that_cannot_be_written_takes_no_name(
     operator.out = tmp_path / "missing" / "new.json"
     assert f"cannot write {operator.out}" in await operator.enroll()
     assert "new" not in operator.enrolled
+
+
+async def test_a_device_is_revoked(operator: Operator) -> None:
+    operator.write_runtime()
+    said = f"watch is revoked in '{FED}'; its name is free again\n"
+    assert await operator.revoke("watch") == (0, said)
+    assert "watch" not in operator.enrolled
+    again = (2, f"error: device watch is not enrolled in '{FED}'\n")
+    assert await operator.revoke("watch") == again
+
+
+async def test_what_cannot_be_revoked(operator: Operator) -> None:
+    code, said = await operator.revoke("watch")
+    assert code == 2 and f"no server runs on {operator.folder}" in said
+    operator.write_runtime()
+    code, said = await operator.revoke("watch", "--federation", "third")
+    assert code == 2 and "found federation 'third', it serves fed, other" in said
+    code, said = await operator.revoke("../x")
+    assert code == 2 and "400" in said
+    assert "watch" in operator.enrolled

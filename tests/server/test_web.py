@@ -102,7 +102,8 @@ async def serve(folder: Path, **changes: Any) -> AsyncIterator[Served]:
     site, broker = Site(folder), FakeBroker()
     with site.run(**changes) as run:
         door = Door(site.manifest, FakeJudge())
-        app = build_app([WebApp(run.federation, run.state, broker, door.gateway, TOKEN)])
+        web_app = WebApp(run.federation, run.state, broker, door.gateway, TOKEN, "admin's token")
+        app = build_app([web_app])
         async with TestClient(TestServer(app)) as client:
             yield Served(client, app, run, site, broker, await door.open())
 
@@ -135,6 +136,8 @@ FOR_OPERATORS = ("/metrics", f"{ROOT}/enroll", f"{ROOT}/status", f"{ROOT}/rounds
                  f"{ROOT}/devices")  # fmt: skip
 FOR_DEVICES = (f"{ROOT}/session", f"{ROOT}/artifacts/head/parameters.bin")
 BY_POST = (f"{ROOT}/modalities",)  # for devices
+FOR_ADMINS = (f"{ROOT}/revoke",)
+ADMIN: Headers = {"Authorization": "Bearer admin's token"}
 FOR_BOTH = (f"{ROOT}/manifest", f"{ROOT}/blocks", f"{ROOT}/blocks/head/1")
 
 
@@ -153,7 +156,7 @@ def routes(app: web.Application) -> list[tuple[str, str]]:
 async def test_strangers_are_turned_away_everywhere(served: Served, stranger: str) -> None:
     everything = routes(served.app)
     assert {path for _, path in everything} == {
-        *FOR_OPERATORS, *FOR_DEVICES, *BY_POST, *FOR_BOTH
+        *FOR_OPERATORS, *FOR_DEVICES, *BY_POST, *FOR_BOTH, *FOR_ADMINS
     }  # fmt: skip
     for method, path in everything:
         body = {"device": "new", "modalities": ["acc"]}
@@ -230,6 +233,54 @@ async def raw_request(served: Served, path: str, authorization: str) -> tuple[in
 async def test_a_plain_request_over_a_socket_is_answered(served: Served) -> None:
     good = login("watch")["Authorization"]
     assert (await raw_request(served, FOR_DEVICES[0], good))[0] == 200
+
+
+# Revocation
+
+
+async def revoke(served: Served, body: object, headers: Headers = ADMIN) -> tuple[int, str]:
+    async with served.client.post(f"{ROOT}/revoke", headers=headers, json=body) as response:
+        return response.status, await response.text()
+
+
+async def test_a_revoked_device_is_nobody(served: Served) -> None:
+    """At once, over HTTP and at the broker; its name is free again."""
+    served.broker.granted["watch"] = "password of watch"
+    assert await revoke(served, {"device": "watch"}) == (200, '{"device": "watch"}')
+    for path in FOR_DEVICES:
+        status, text = await served.get(path, login("watch"))
+        assert status == 401 and b"its credential was revoked" in text
+    assert "watch" not in served.broker.granted
+    assert "watch" not in await served.json(f"{ROOT}/devices", OPERATOR)
+    assert (await served.get(FOR_DEVICES[0], login("phone")))[0] == 200
+    assert await revoke(served, {"device": "watch"}) == (
+        404, f"device watch is not enrolled in {FED}"
+    )  # fmt: skip
+    assert (await served.enroll({"device": "watch", "modalities": ["acc"]}))[0] == 200
+
+
+async def test_only_an_admin_revokes(served: Served) -> None:
+    """Who has the join token has it from an app, perhaps."""
+    for headers in (OPERATOR, login("watch"), login("phone")):
+        status, text = await revoke(served, {"device": "watch"}, headers)
+        assert (status, text) == (401, "only on the server's own machine")
+    assert "watch" in served.run.state.devices()
+    bad: list[object] = [{}, {"device": "../x"}, {"device": "watch", "why": "x"}, []]
+    for body in bad:
+        assert (await revoke(served, body))[0] == 400
+
+
+async def test_a_revocation_that_the_broker_refused_changes_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(device: str) -> None:
+        raise BrokerError("no broker answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.broker, "revoke", fail)
+        assert await revoke(served, {"device": "watch"}) == (503, "no broker answers")
+        assert (await served.get(FOR_DEVICES[0], login("watch")))[0] == 200
+    assert (await revoke(served, {"device": "watch"}))[0] == 200
 
 
 # Enrollment
