@@ -209,8 +209,10 @@ class Participation:
             task = await self._inbox.get()
             trainer.check_blocks(task)
             is_new = isinstance(task, wire.Finish) or task.round_num > trainer.state.round_num
-            if is_new and not await self._has_room(task):
-                continue
+            if is_new:
+                await self._ask_for_controls(uplink)
+                if not await self._has_room(task):
+                    continue
             if isinstance(task, wire.Finish):
                 if await self._fetch_patiently(task):
                     await self._call(trainer.empty_outbox)  # nothing counts any longer
@@ -297,6 +299,14 @@ class Participation:
         }
         self._trainer.keep_blocks(lacking, fetched)
         self._downlink.drop_all_but(())
+
+    async def _ask_for_controls(self, uplink: Uplink) -> None:
+        """Of a round that is over: which of its updates count, as control variates go by that."""
+        trainer = self._trainer
+        for outgoing in trainer.state.outbox if trainer.state.next_controls else ():
+            if outgoing.payload and (receipt := await uplink.ask(outgoing)) is not None:
+                self._judged(outgoing, receipt)
+                await self._call(trainer.keep_controls)
 
     async def _deliver_outbox(self, uplink: Uplink) -> None:
         for outgoing in self._trainer.state.outbox:

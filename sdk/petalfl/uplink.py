@@ -65,6 +65,22 @@ class Uplink:
         finally:
             del self._judges[message.update_id]
 
+    async def ask(self, outgoing: Outgoing) -> wire.Receipt | None:
+        """What has become of an update, asked once and without sending it.
+
+        None where the server has not got all of it, or nobody answers.
+        """
+        message = wire.decode(outgoing.message)
+        assert isinstance(message, wire.UpdateManifest)
+        self._judges[message.update_id] = lambda receipt: None
+        try:
+            receipt = await self._attempt(message, [], is_known=False)
+        except (TransportError, asyncio.TimeoutError):
+            return None
+        finally:
+            del self._judges[message.update_id]
+        return None if receipt.status == "missing" else receipt
+
     async def _until_judged(
         self, message: wire.UpdateManifest | wire.Report, chunks: list[wire.Chunk]
     ) -> wire.Receipt:

@@ -23,6 +23,7 @@ from petalfl import (
     RoundInfo,
     StoreError,
     TransportError,
+    topics,
     wire,
 )
 from petalfl.app_data import AppData
@@ -293,10 +294,49 @@ async def test_control_variates_are_on_disk_before_the_next_update_goes(tmp_path
         assert store.read_state() == State(1, controls=state.next_controls)
 
 
-def outgoing_update(block: str) -> Outgoing:
+async def test_control_variates_of_a_round_that_is_over_go_by_what_the_server_says_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next round; an update in vain changes nothing, nor one that is not answered."""
+    monkeypatch.setattr("petalfl.uplink.RECEIPT_TIMEOUT_S", 0.5)
+    blocks = ("encoder-a", "encoder-b", "fusion", "head")
+    outbox = [outgoing_update(block, b"....") for block in blocks]
+    old, new = ({block: (when + block[-1:]).encode() for block in blocks} for when in "on")
+    report = Outgoing(wire.encode(wire.Report(bytes(16), 1, 24, 0.5)), b"")
+    answers = dict(zip(blocks, ("accepted", "rejected", "missing", None), strict=True))
+    broker, asked = MemoryBroker(), list[wire.Message]()
+    server, device = broker.connect(), broker.connect()
+    uplink = Uplink(device, "fed", "dev")
+
+    def answer(topic: str, payload: bytes) -> None:
+        asked.append(message := wire.decode(payload))
+        status: Any = answers[topic.split("/")[4]]
+        if isinstance(message, wire.Fin) and status:
+            uplink.receive(wire.Receipt(message.update_id, status))
+
+    for block in blocks:
+        await server.subscribe(topics.block_up("fed", block, "dev"), answer)
+    with contextlib.closing(DeviceStore(tmp_path)) as store:
+        state = State(1, outbox=(*outbox, report), controls=old, next_controls=new)
+        store.write_state(state)
+        unused: Any = None
+        trainer = Trainer(store, unused, Pacing(), Budgets(), 1, "auto")
+        part = Participation(unused, trainer, unused, unused, unused, Threads())
+        await part._ask_for_controls(uplink)
+        kept = store.read_state()
+        assert kept.controls == old | {"encoder-a": new["encoder-a"]}
+        assert kept.outbox == (*outbox[2:], report)
+        assert not any(isinstance(message, wire.Chunk) for message in asked)
+        trainer.empty_outbox()
+        asked.clear()
+        await part._ask_for_controls(uplink)
+        assert asked == []
+
+
+def outgoing_update(block: str, payload: bytes = b"") -> Outgoing:
     update_id = hashlib.sha256(block.encode()).digest()[:16]
     manifest = wire.UpdateManifest(update_id, block, 1, 1, 24, "f32", 4, "0" * 64)
-    return Outgoing(wire.encode(manifest), b"")
+    return Outgoing(wire.encode(manifest), payload)
 
 
 def version(number: int) -> wire.BlockVersion:
