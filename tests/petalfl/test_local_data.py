@@ -13,7 +13,7 @@ from petalfl.local_data import ArrayData, Example, SequenceData
 from petalfl.model import Modality
 from petalfl.training import Hyperparameters, train
 from tests.petalfl.builders import NumpyEngine, draw_vectors, make_block, make_manifest
-from tests.petalfl.test_training import PLAIN, RICH, assert_same, data
+from tests.petalfl.trainings import PLAIN, RICH, assert_same, data
 
 ONE_HEAD = make_manifest(
     {"a": 2}, make_block("encoder-a", ("a",), 2, 2), make_block("head", ("encoder-a",), 3, 2)

@@ -1,31 +1,41 @@
-"""Stopped in front of a server or a broker that hangs: an app that ends waits for nobody.
-
-No limit of time passes by itself here: without its being stopped, each would wait for an hour.
-"""
+"""`EdgeClient` is stopped: in front of a server or a broker that hangs, and at work."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from petalfl import EdgeClient, PetalError, wire
+from petalfl import (
+    EdgeClient,
+    PetalError,
+    wire,
+)
 from petalfl.pacing import Pacing, Stopped
 from petalfl.participation import Participation
 from petalfl.provisioning import write_identity_file
 from petalfl.schema import read
-from petalfl.store import Identity
+from petalfl.store import DeviceStore, Identity
 from petalfl.threads import Threads, abandon, run_aside
 from petalfl.transport import Handler
-from tests.petalfl.clients import LABELS, A, until
+from tests.integration.harness import Server
+from tests.petalfl.clients import (
+    LABELS,
+    A,
+    Make,
+    is_ready,
+    running,
+    until,
+)
 from tests.petalfl.deaf import Deaf, deaf_listener, threads_aside
 from tests.petalfl.hostile_server import IDENTITY
 
-HOUR_S = 3600.0
+HOUR_S = 3600.0  # no limit of time passes by itself here
 OWN = read(Identity, IDENTITY)
 
 # Of a URL's scheme: whether a listener gets a connection, and where the client waits then.
@@ -141,3 +151,95 @@ def test_nothing_is_discarded_of_what_failed() -> None:
     work = run_aside(fail)
     abandon(work, lambda result: pytest.fail("there is nothing"))
     assert isinstance(work.exception(30), OSError)
+
+
+# At work
+
+
+def test_stop_while_waiting(idle: Server, make: Make) -> None:
+    client = make(idle, "waiting")
+    with running(client):
+        until(lambda: is_ready(idle, "waiting"), "the device is ready")
+    until(lambda: not is_ready(idle, "waiting"), "the device is gone")
+
+
+def test_stop_amid_training(busy: Server, make: Make) -> None:
+    """The round is given up between two batches, and trained again by the next run."""
+    rounds: list[int] = []
+    batches: list[int] = []
+
+    def stop_soon(done: int, total: int) -> None:
+        batches.append(done)
+        if done == 2:
+            client.stop()
+
+    client = make(
+        busy, "d", on_round=lambda info: rounds.append(info.round_num), on_progress=stop_soon
+    )
+    client.run()
+    assert (rounds, batches) == ([1], [1, 2])
+    assert client._trainer.state.round_num == 0
+    assert client._trainer.state.outbox == ()
+    client.close()
+    again = make(busy, "d", on_round=lambda info: rounds.append(info.round_num))
+    again.run()
+    assert rounds == [1, 1, 2, 3]
+
+
+def test_nothing_is_written_after_run_has_returned(
+    busy: Server, make: Make, tmp_path: Path
+) -> None:
+    """Even if a callback is slow when the client is stopped."""
+    started = threading.Event()
+
+    def dawdle(done: int, total: int) -> None:
+        started.set()
+        time.sleep(0.2)
+
+    async def scenario() -> None:
+        client = make(busy, "d", on_progress=dawdle)
+        run = asyncio.create_task(client.arun())
+        await asyncio.to_thread(started.wait, 30)
+        client.stop()
+        await asyncio.wait_for(run, 30)
+        client.close()
+
+    asyncio.run(scenario())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.msgpack")}
+    time.sleep(0.5)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.msgpack")} == before
+    store = DeviceStore(tmp_path / "d")
+    assert store.read_state().round_num == 0
+    store.close()
+
+
+def test_a_cancelled_run_ends_its_training(busy: Server, make: Make) -> None:
+    async def scenario() -> None:
+        started = threading.Event()
+
+        def dawdle(done: int, total: int) -> None:
+            started.set()
+            time.sleep(0.05)
+
+        client = make(busy, "d", on_progress=dawdle)
+        run = asyncio.create_task(client.arun())
+        await asyncio.to_thread(started.wait, 30)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(run, 30)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
+def test_stop_before_and_after_run(busy: Server, make: Make) -> None:
+    client = make(busy, "d")
+    client.stop()  # nothing runs: nothing to stop
+    client.run()
+    assert client._trainer.state.round_num == 3
+    client.stop()
+
+
+def test_close_twice(idle: Server, make: Make) -> None:
+    with make(idle) as client:
+        client.close()
