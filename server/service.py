@@ -39,6 +39,7 @@ from .web import WebApp, build_app
 log = logging.getLogger("petalfl.server")
 
 DEFAULT_NAME = "default"  # of a federation; the SDK assumes it
+STOP_GRACE_S = 2.0  # for answers under way; a download goes on when the server is back
 RUNTIME_FILE = "server.json"  # where the running server is, for programs that start one
 
 
@@ -223,7 +224,7 @@ async def _listen(
     context: ssl.SSLContext | None = None,
 ) -> str:
     host, port = _host_and_port(address)
-    runner = web.AppRunner(app, handle_signals=False)
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=STOP_GRACE_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port, ssl_context=context)
