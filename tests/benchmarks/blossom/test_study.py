@@ -11,8 +11,9 @@ from benchmarks.blossom import datasets
 from benchmarks.blossom.artifacts import with_values
 from benchmarks.blossom.cells import Cell, grid
 from benchmarks.blossom.members import deal
+from benchmarks.blossom.models import prepare
 from benchmarks.blossom.schemes import SCHEMES, Finish, OwnData, interpolate, stop_early
-from benchmarks.blossom.simulation import Device
+from benchmarks.blossom.simulation import Device, predict_proba, train_alone
 from benchmarks.blossom.study import run_cell
 from export.weights import initial_weights
 from petalfl.model import ModelManifest
@@ -39,11 +40,20 @@ def results_of(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if k not in ("seconds", "seconds_in_rounds", "machine")}
 
 
+@pytest.fixture(scope="module")
+def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts of the model with a shared and a private head, and seed 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(datasets.DATASETS, "tiny", TINY)
+        return prepare("tiny", "mask", 1, tmp_path_factory.mktemp("cache"), has_own_head=True)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme(scheme: str, small_artifacts: Path, tmp_path: Path) -> None:
+def test_every_scheme(scheme: str, small_artifacts: Path, two_heads: Path, tmp_path: Path) -> None:
     told: list[int] = []
     asked = cell(scheme=scheme, rounds=3, devices=3, unseen=1)
-    line = run_cell(asked, small_artifacts, tmp_path, told.append)
+    artifacts = two_heads if SCHEMES[scheme].has_own_head else small_artifacts
+    line = run_cell(asked, artifacts, tmp_path, told.append)
     num_federations = 2 if scheme == "unimodal" else 1
     assert told == [*range(3)] * num_federations
     assert [point[0] for point in line["curve"]] == [0, 2, 3]
@@ -112,6 +122,26 @@ def test_an_unseen_person_begins_with_what_is_shared(small_artifacts: Path, tmp_
         assert found.keys() == {"encoder-a", "fusion", "head"}
         assert (found["encoder-a"] == 0.5).all() and (found["fusion"] == 0.5).all()
         assert np.array_equal(found["head"], initial) and not (initial == 0.5).all()
+    finally:
+        device.close()
+
+
+def test_a_second_head_says_nothing_before_it_is_trained(two_heads: Path, tmp_path: Path) -> None:
+    manifest = ModelManifest.load(two_heads)
+    assert [*manifest.heads] == ["shared", "own"] and manifest.private_blocks == ("head-own",)
+    data = examples(0, 0, 10)
+    device = Device("p", tmp_path, two_heads, manifest.private_blocks, data)
+    try:
+        device.keep({n: w.vector for n, w in initial_weights(two_heads, manifest).items()})
+        by_head = device.model.predict_proba(data.inputs)
+        assert (by_head["own"] == np.float32(1 / 3)).all()
+        mean = predict_proba(device.model, data)
+        assert np.array_equal(mean.argmax(axis=1), by_head["shared"].argmax(axis=1))
+        trained = train_alone(
+            device.model, data, Hyperparameters(0.1, epochs=20), np.random.default_rng(0)
+        )
+        for head, probabilities in trained.predict_proba(data.inputs).items():
+            assert (probabilities.argmax(axis=1) == data.labels).mean() > 0.9, head
     finally:
         device.close()
 

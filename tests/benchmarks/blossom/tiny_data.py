@@ -1,4 +1,4 @@
-"""A data set of noise around class means, for the model `tests.export.tiny:small`."""
+"""A data set of noise around class means, for the blocks of `tests.export.tiny:small`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def holdings() -> list[Holding]:
 
 
 TINY = Dataset(
-    ("a", "b"), ("x", "y", "z"), "tests.export.tiny:small", {"learning_rate": 0.1}, "macro_f1",
-    holdings,
+    ("a", "b"), ("x", "y", "z"), "tests.benchmarks.blossom.tiny_model:seeded",
+    {"learning_rate": 0.1}, "macro_f1", holdings,
 )  # fmt: skip
