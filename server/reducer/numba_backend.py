@@ -15,6 +15,7 @@ from petalfl.codecs import Encoded, parse_codec
 from petalfl.codecs.encoded import GROUP
 
 from . import numba_kernels as kernels
+from .rules.numba_rules import NumbaRules
 from .rules.tiles import num_cores
 
 SHARES = 4  # of a thread: who is done with one takes another's
@@ -106,6 +107,7 @@ def _addresses(arrays: Sequence[NDArray[Any] | None]) -> NDArray[np.uint64]:
 
 def _warm_up(backend: NumbaBackend) -> None:
     """Compiles everything, or loads it as it was compiled before: later, devices would wait."""
+    NumbaRules()
     vector = np.ones(GROUP + 1, np.float32)
     for name in ("f32", "f16", "bf16", "int8", "topk:0.5", "topk-int8:0.5"):
         codec = parse_codec(name)

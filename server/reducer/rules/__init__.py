@@ -15,11 +15,17 @@ _numpy = NumpyRules()
 
 
 def active() -> Rules:
-    """The kernels that go with the active backend: on a CPU numpy's, whatever it sums with."""
+    """The kernels that go with the active backend: torch's on a GPU alone, else numpy's."""
     name = backend.active().name
     if name.startswith("cuda"):
         return _on(name)
-    return _numpy
+    return _numba() if name.startswith("numba") else _numpy
+
+
+@functools.cache
+def _numba() -> Rules:
+    made: Rules = importlib.import_module(".numba_rules", __package__).NumbaRules()
+    return made
 
 
 @functools.cache

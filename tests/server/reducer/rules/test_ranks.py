@@ -60,6 +60,14 @@ def test_of_equals_the_first_go_at_the_lower_end_by_hand(rules: Rules) -> None:
     np.testing.assert_allclose(found, [(2 * 1 + 4 * 1 + 8 * 9) / 14, 0], rtol=1e-7)
 
 
+@pytest.mark.parametrize("cut", [1, 5, 10])
+def test_values_tied_at_both_ends(rules: Rules, cut: int) -> None:
+    values = np.random.default_rng(cut).integers(-1, 3, (21, 300)).astype(np.float64)
+    weights = np.linspace(1, 9, 21)
+    found = rules.trimmed_mean(plain(values), weights, cut)
+    assert_close(found, trimmed_plainly(values, weights, cut), values)
+
+
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 13, 64, 101])
 @pytest.mark.parametrize("size", [18, 2048, 2049, 7001])
 def test_of_all_codecs_in_all_tiles(rules: Rules, num_updates: int, size: int) -> None:
