@@ -18,6 +18,14 @@ from tests.server.reducer.rules.builders import (
     plain,
     trimmed_plainly,
 )
+from tests.server.reducer.rules.kinds import KINDS, rules_of
+
+
+@pytest.fixture(params=[*KINDS, "numba"], scope="session")
+def rules(request: pytest.FixtureRequest) -> Rules:
+    """Numba's, too, which has kernels of its own for these rules alone."""
+    return rules_of(request.param)
+
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 6))
 # Of few values, so that many are equal; of many; and of the ends of float32.
