@@ -4,7 +4,7 @@
 of standard normal updates, as a server has them, one after another; the rules over all updates are
 those of `benchmarks.reducer_rules`, rows for a GPU those of `benchmarks.reducer_gpu`. Flower and
 NVIDIA FLARE run if ``--flower-python`` and ``--nvflare-python`` name Pythons that have them
-(`contenders/peers_mean.py` says how to make them).
+(`contenders/peers_mean.py` says how to make them); ``--svd`` adds torch's SVD next to `canonical`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rules-size", type=int, default=1_000_000, metavar="P", help="default 1000000")
     add("--matrix", type=int, default=4096, metavar="M", help="rows of the matrix that canonical "
         "merges, 1024 wide; default 4096; 0: none")  # fmt: skip
+    add("--svd", action="store_true", help="next to canonical, torch's SVD; takes minutes")
     add("--json", action="store_true", help="print JSON lines instead of tables")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     parser.set_defaults(packages=("numba",))
@@ -188,7 +189,8 @@ def _rules(options: argparse.Namespace) -> list[Row]:
             options.flower_python,
         )  # fmt: skip
         if options.matrix:
-            rows += reducer_rules.matrix_rows(options.rules_updates, options.matrix, 1024)
+            svd = "cpu" if options.svd else None
+            rows += reducer_rules.matrix_rows(options.rules_updates, options.matrix, 1024, svd=svd)
     return rows
 
 

@@ -111,6 +111,17 @@ def test_what_is_summed_is_added(backend: Backend) -> None:
     np.testing.assert_allclose(total, 5 + summed(backend, vectors, factors), rtol=1e-15)
 
 
+def test_compiled_sums_are_the_same_bits_whatever_the_threads() -> None:
+    pytest.importorskip("numba")
+    from server.reducer.numba_backend import NumbaBackend
+
+    rng = np.random.default_rng(8)
+    vectors = [encoded(codec, 70_001, rng) for codec in CODECS * 3]
+    factors = rng.uniform(1, 2, len(vectors))
+    found = {summed(NumbaBackend(k), vectors, factors).tobytes() for k in (1, 2, 3, 5)}
+    assert len(found) == 1
+
+
 def test_compiled_kernels_read_no_vector_beyond_its_end() -> None:
     pytest.importorskip("numba")
     backend, rng = choose("numba"), np.random.default_rng(7)
