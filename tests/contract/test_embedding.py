@@ -17,6 +17,7 @@ from examples.android_sim.server_process import running_server
 from tests.contract.messages import written
 
 REPOSITORY = Path(__file__).parents[2]
+WITHOUT_TORCH = os.pathsep.join(map(str, (REPOSITORY / "tests" / "without_torch", REPOSITORY)))
 PAGE = (REPOSITORY / "docs" / "embedding.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
 DESKTOP, ASYNCIO, OFFLINE, SERVICE = (text for language, text in BLOCKS if language == "python")
@@ -44,7 +45,7 @@ def started(code: str, folder: Path, url: str, token: str) -> subprocess.Popen[s
     code = code.replace("http://127.0.0.1:8080", url).replace("TOKEN", token)
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code], cwd=folder, text=True,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"},
+        env={**os.environ, "PYTHONPATH": f"{WITHOUT_TORCH}{os.pathsep}{folder}"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

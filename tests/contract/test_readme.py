@@ -32,6 +32,8 @@ COMMANDS = [
     line for language, text in BLOCKS if language == "bash" for line in text.strip().splitlines()
 ]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+WITHOUT_TORCH = os.pathsep.join(map(str, (REPOSITORY / "tests" / "without_torch", REPOSITORY)))
+ON_A_DEVICE = {**os.environ, "PYTHONPATH": WITHOUT_TORCH}
 
 
 def command(start: str) -> list[str]:
@@ -81,7 +83,7 @@ def test_links_lead_somewhere() -> None:
 def test_export_serve_and_embed(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(PYTHON[0])
     run_all("python -m export my_model", tmp_path)
-    run_all("python -m petalfl check", tmp_path)
+    run_all("python -m petalfl check", tmp_path, ON_A_DEVICE)
     with running_server(tmp_path) as (url, token):
         apps = [start_app(tmp_path / f"app-{i}", i, url, token) for i in range(2)]
         outputs = [app.communicate(timeout=120)[0] for app in apps]
@@ -96,13 +98,13 @@ def test_export_serve_and_embed(tmp_path: Path) -> None:
     assert [i.name for i in onnx.load(tmp_path / "model.onnx").graph.input] == ["acc"]
 
 
-def run_all(start: str, folder: Path) -> None:
+def run_all(start: str, folder: Path, environment: dict[str, str] = ENVIRONMENT) -> None:
     """The README's commands that start so."""
     lines = [c for c in COMMANDS if c.startswith(start)]
     assert lines
     for line in lines:
         words = [sys.executable if word == "python" else word for word in shlex.split(line)]
-        subprocess.run(words, cwd=folder, env=ENVIRONMENT, check=True)
+        subprocess.run(words, cwd=folder, env=environment, check=True)
 
 
 @contextmanager
@@ -133,5 +135,5 @@ def start_app(folder: Path, index: int, url: str, token: str) -> subprocess.Pope
     code = PYTHON[1].replace("http://127.0.0.1:8080", url).replace("TOKEN", token)
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
-        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=folder, env=ON_A_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

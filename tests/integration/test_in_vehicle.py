@@ -16,6 +16,7 @@ import pytest
 from examples.in_vehicle.__main__ import main
 from examples.in_vehicle.drive import simulate, write_csv
 
+pytestmark = pytest.mark.usefixtures("numpy_reducer")
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "examples.in_vehicle"]
 
