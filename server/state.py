@@ -357,12 +357,19 @@ class ServerState:
 
     def prune_versions(self, keep: int) -> None:
         """Deletes the files of all but the newest ``keep`` versions of each block."""
-        for block, newest in self.newest_versions().items():
-            before, oldest = self.oldest_version(block), newest - keep + 1
-            if oldest > before:
-                self.replace_setting(OLDEST + block, str(oldest))  # first: nobody misses a file
-                for version in range(before, oldest):
-                    version_path(self.folder, block, version).unlink(missing_ok=True)
+        found = {
+            block: range(self.oldest_version(block), newest - keep + 1)
+            for block, newest in self.newest_versions().items()
+        }
+        dropped = {block: versions for block, versions in found.items() if versions}
+        if not dropped:
+            return
+        with transaction(self._db):  # first: nobody misses a file
+            for block, versions in dropped.items():
+                self.replace_setting(OLDEST + block, str(versions.stop))
+        for block, versions in dropped.items():
+            for version in versions:
+                version_path(self.folder, block, version).unlink(missing_ok=True)
 
     def oldest_version(self, block: str) -> int:
         """The oldest that is kept."""

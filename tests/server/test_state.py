@@ -601,3 +601,23 @@ def test_traffic_adds_up(state: ServerState) -> None:
     }
     totals = state.history.totals()
     assert (totals["bytes_up"], totals["bytes_down"]) == (122, 206)
+
+
+def test_versions_of_all_blocks_are_dropped_in_one_transaction(
+    state: ServerState, folder: Path
+) -> None:
+    """Each is a wait for the disk, and all of them are on the event loop."""
+    for block in BLOCKS.values():
+        state.add_initial_version(block, INITIAL[block.name])
+    state.open_round(1, COHORT, NOW_S)
+    close_round(state, next_versions())
+    commits: list[str] = []
+    state._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+    state.prune_versions(1)
+    state._db.set_trace_callback(None)
+    assert len(commits) == 1
+    moved = [new.block.name for new in next_versions()]
+    assert len(moved) > 1
+    for name in moved:
+        assert state.oldest_version(name) == 2
+        assert [path.name for path in (folder / "blocks" / name).iterdir()] == ["2.safetensors"]
