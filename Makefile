@@ -22,7 +22,8 @@ demo: $(VENV)/.sim
 	$(BIN)/python -m examples.android_sim --out runs/demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev $(STOCK)/.stock
-	PETALFL_STOCK=$(STOCK) $(BIN)/python -m pytest -n auto --cov --cov-report=term $(TEST_ARGS)
+	PETALFL_STOCK=$(STOCK) $(BIN)/python -m pytest -n auto --cov --cov-report=term \
+		--durations=40 $(TEST_ARGS)
 
 stock: $(STOCK)/.stock
 
