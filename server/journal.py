@@ -182,18 +182,25 @@ class Journal:
             self._commit(self._segment, list(self._updates), list(self._reports))
 
     async def commit_on_thread(self) -> None:
-        """As `commit`, of what was appended before the call; others may append meanwhile."""
+        """As `commit`, of what was appended before the call; others may append meanwhile.
+
+        Who is cancelled meanwhile waits no longer; the thread goes on to its end.
+        """
         updates, reports = list(self._updates), list(self._reports)
         if not (updates or reports):
             return
         # The open segment may be full, and closed, before the thread comes to it.
         with _translated(f"cannot commit to the journal {self._folder}"):
             segment = os.dup(self._segment) if updates and self._segment >= 0 else -1
-        try:
-            await asyncio.to_thread(self._commit, segment, updates, reports)
-        finally:
-            if segment >= 0:
-                os.close(segment)
+
+        def work() -> None:
+            try:
+                self._commit(segment, updates, reports)
+            finally:  # here, where no cancellation closes it under the thread
+                if segment >= 0:
+                    os.close(segment)
+
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, work))
 
     # Reading
 

@@ -259,3 +259,37 @@ async def test_without_a_descriptor_to_spare_what_is_held_stays(
     assert waiting(journal) == []
     await asyncio.gather(journal.commit_on_thread(), journal.commit_on_thread())
     assert waiting(journal) == [("watch", 1.0)]
+
+
+async def test_a_commit_that_nobody_waits_for_goes_on(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server that stops gives up its step while that commits."""
+    journal.append(make_update("watch", "head", 1.0))
+    begun, go_on, sync = threading.Event(), threading.Event(), os.fdatasync
+
+    def slow(segment: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        sync(segment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", slow)
+        given_up = asyncio.create_task(journal.commit_on_thread())
+        assert await asyncio.to_thread(begun.wait, 60)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        go_on.set()
+        journal.append(make_update("phone", "head", 2.0))
+        await journal.commit_on_thread()
+    assert waiting(journal) == [("watch", 1.0), ("phone", 2.0)]
+
+
+async def test_a_commit_on_a_thread_leaves_no_descriptor(journal: Journal) -> None:
+    opened = []
+    for number in range(3):
+        journal.append(make_update(f"device-{number}", "head", number))
+        await journal.commit_on_thread()
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[1] == opened[2], "of the first, SQLite's log is new"
