@@ -141,7 +141,7 @@ class EdgeClient:
         self._trainer.data.hold(data, labels)
         self._thread: threading.Thread | None = None
         self._has_begun, self._has_ended = threading.Event(), threading.Event()
-        self._lifecycle = threading.Lock()
+        self._lifecycle = threading.RLock()  # a signal's handler may `stop` amid any line of it
         self._is_closing = self._is_stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0

@@ -273,6 +273,24 @@ def test_an_end_at_the_very_beginning(
         assert not thread.is_alive()
 
 
+def test_a_signal_s_handler_may_stop_it_at_any_moment(
+    idle: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between two instructions of the thread that runs, whatever that holds."""
+
+    def begin(self: Pacing) -> None:
+        begin_at_once(self)
+        client.stop()
+
+    begin_at_once = Pacing.begin
+    monkeypatch.setattr(Pacing, "begin", begin)
+    client = make(idle, "d")
+    runner = threading.Thread(target=client.run, daemon=True)
+    runner.start()
+    runner.join(30)
+    assert not runner.is_alive()
+
+
 def test_a_client_runs_once_at_a_time(idle: Server, make: Make) -> None:
     client = make(idle, "once")
     with running(client), pytest.raises(RuntimeError, match="running already"):
