@@ -291,5 +291,5 @@ async def test_a_commit_on_a_thread_leaves_no_descriptor(journal: Journal) -> No
     for number in range(3):
         journal.append(make_update(f"device-{number}", "head", number))
         await journal.commit_on_thread()
-        opened.append(len(os.listdir("/proc/self/fd")))
+        opened.append(len(list(Path("/proc/self/fd").iterdir())))
     assert opened[1] == opened[2], "of the first, SQLite's log is new"
