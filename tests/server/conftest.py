@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ from petalfl.mqtt import Endpoint
 from petalfl.tls import Tls
 from server.broker import Broker, open_broker
 from tests.mosquitto import missing_mosquitto, mosquitto
+from tests.server.builders import (
+    Site,
+)
+from tests.server.federations import Clock
 
 WAIT_S = 30.0
 OpenBroker = Callable[[], Broker]
@@ -136,3 +141,21 @@ def broker_poll(is_so: Callable[[], bool], what: str) -> None:
     while not is_so():
         assert time.monotonic() < deadline_s, f"waited for: {what}"
         time.sleep(0.02)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture
+def other_db(site: Site) -> Iterator[sqlite3.Connection]:
+    """Another connection to the database: it sees what is committed and nothing else."""
+    connection = sqlite3.connect(site.data_dir / "state.sqlite", isolation_level=None)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)

@@ -8,7 +8,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,20 +35,10 @@ from tests.server.builders import (
     settle,
 )
 from tests.server.builders import make_update as any_update
-from tests.server.test_federation import HELD, Clock
+from tests.server.federations import HELD, Clock
 
 EVERYBODY = tuple(ENROLLED)
 ASYNC: dict[str, Any] = {"mode": "async", "buffer_size": PerBlock(2), "max_staleness": 3}
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def newest(run: Run, device: str) -> wire.Task:

@@ -1,102 +1,30 @@
+"""`Federation`: how a round opens, goes on and closes."""
+
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
-import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import server.federation
 from petalfl import topics, wire
-from petalfl.errors import ModelError
-from petalfl.model import ModelManifest
 from petalfl.vectors import to_bytes
-from server.buffers import BlockResult
-from server.config import ConfigError
-from server.federation import Federation
 from server.journal import read_delta
-from server.state import StateError
 from tests.server.builders import (
-    ENROLLED,
     FED,
     INITIAL,
     NOW_S,
     SIZES,
     Door,
-    FakeSender,
-    Run,
     Site,
     average,
-    make_config,
-    make_id,
     make_report,
     make_update,
     messages_of,
     settle,
 )
-
-HELD = {
-    "both": {"encoder-acc", "encoder-gyro", "fusion", "head"},
-    "watch": {"encoder-acc", "fusion", "head"},
-    "phone": {"encoder-gyro", "fusion", "head"},
-}
-EVERYBODY = tuple(ENROLLED)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture
-def other_db(site: Site) -> Iterator[sqlite3.Connection]:
-    """Another connection to the database: it sees what is committed and nothing else."""
-    connection = sqlite3.connect(site.data_dir / "state.sqlite", isolation_level=None)
-    yield connection
-    connection.close()
-
-
-class Clock:
-    """The event loop's time, moved by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._ahead_s = 0.0
-        loop = asyncio.get_running_loop()
-        real = loop.time
-        monkeypatch.setattr(loop, "time", lambda: real() + self._ahead_s)
-
-    async def advance(self, seconds: float) -> None:
-        self._ahead_s += seconds
-        await settle()
-
-
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
-def result(run: Run, block: str) -> BlockResult:
-    """What has come of a block in the open round."""
-    assert run.federation.round is not None
-    return run.federation.round.results([block])[block]
-
-
-def cohort(run: Run) -> dict[str, frozenset[str]]:
-    """By device that the open round has asked: the blocks that it is to send."""
-    assert run.federation.round is not None
-    return {device: asked.blocks for device, asked in run.federation.round.cohort.items()}
-
-
-def digest(run: Run, block: str) -> str:
-    return hashlib.sha256(to_bytes(run.block(block))).hexdigest()
-
+from tests.server.federations import EVERYBODY, HELD, Clock, cohort, digest, result
 
 # A round opens
 
@@ -426,182 +354,6 @@ async def test_a_round_is_timed_and_has_its_loss(site: Site) -> None:
         assert (closed["duration_s"], closed["loss"]) == (12.5, 0.5)
 
 
-# A restart
-
-
-Event = tuple[str, str, str]  # round, device, block or report
-TWO_ROUNDS = [
-    (n, device, what)
-    for n in ("1", "2")
-    for device, held in HELD.items()
-    for what in (*sorted(held), "report")
-]
-
-
-def act(run: Run, event: Event) -> str:
-    """A device does its part, always the same."""
-    round_num, device, what = int(event[0]), event[1], event[2]
-    if what == "report":
-        return run.federation.on_report(device, make_report(device, round_num=round_num)).status
-    seed = list(b"".join(part.encode() for part in event))
-    delta = np.random.default_rng(seed).normal(size=SIZES[what])
-    update = make_update(
-        device, what, delta, num_examples=len(device), round_num=round_num, base_version=round_num
-    )
-    return run.federation.on_update(update).status
-
-
-async def play(site: Site, restarts: set[int]) -> dict[str, bytes]:
-    """Two rounds with a restart after each of those events; the block files at the end."""
-    with ExitStack() as stack:
-
-        def start() -> Run:
-            return stack.enter_context(
-                site.run(
-                    ready=EVERYBODY, min_devices=3, num_rounds=2, server_optimizer="momentum:0.9"
-                )
-            )
-
-        run = start()
-        for number, event in enumerate(TWO_ROUNDS, start=1):
-            assert act(run, event) == "accepted", event
-            if number in restarts:
-                stack.close()
-                run = start()
-            await settle()
-        assert run.federation.finished.is_set()
-    root = site.data_dir / "blocks"
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize(
-    "restarts", [{1}, {6}, {12}, {13}, {14}, {20}, {25}, set(range(1, 26))], ids=str
-)
-async def test_a_restart_in_mid_round_changes_no_block(tmp_path: Path, restarts: set[int]) -> None:
-    undisturbed = await play(Site(tmp_path / "undisturbed"), set())
-    assert {f"{block}/{version}.safetensors" for block in SIZES for version in (1, 2, 3)} == set(
-        undisturbed
-    )
-    assert await play(Site(tmp_path / "restarted"), restarts) == undisturbed
-
-
-async def test_a_restarted_round_knows_what_it_has(site: Site) -> None:
-    update = make_update("watch", "head", 2.0)
-    with site.run(ready=["watch", "phone"], min_devices=2) as run:
-        run.federation.on_update(update)
-        run.federation.on_report("watch", make_report("watch"))
-    with site.run(min_devices=1) as run:
-        assert cohort(run).keys() == {"watch", "phone"}
-        assert run.federation.round is not None and run.federation.round.has("watch", update)
-        assert run.federation.on_update(update).status == "accepted"
-        assert run.state.history.totals()["updates_accepted"] == 1
-        second = replace(update, update_id=make_id("second"))
-        assert "has sent another update" in run.federation.on_update(second).reason
-        run.ready("watch")  # has reported: nothing to do for it
-        run.ready("phone")
-        assert run.sender.tasks(1).keys() == {"phone"}
-
-
-async def test_a_round_that_was_complete_at_the_restart_closes(site: Site) -> None:
-    with site.run(ready=["watch"], num_rounds=1) as run:
-        for block in HELD["watch"]:
-            run.federation.on_update(make_update("watch", block, 1.0))
-        run.federation.on_report("watch", make_report("watch"))
-        assert run.federation.round_num == 1  # the server ends before the loop turns
-    with site.run(num_rounds=1) as run:
-        await settle()
-        assert run.federation.finished.is_set()
-        assert run.federation.shared.versions["head"] == 2
-
-
-async def test_a_restarted_round_has_a_deadline(site: Site, clock: Clock) -> None:
-    with site.run(ready=["watch"]):
-        pass
-    with site.run(num_rounds=1) as run:
-        assert not run.federation.finished.is_set()
-        await clock.advance(61)
-        assert run.federation.finished.is_set()
-
-
-async def test_momentum_survives_a_restart(site: Site) -> None:
-    for round_num in (1, 2):
-        with site.run(
-            ready=["watch"], server_optimizer="momentum:0.5", num_rounds=round_num
-        ) as run:
-            await run.finish_round(round_num, 4.0)
-    with site.run(num_rounds=2) as run:
-        # v: 4, then 0.5 · 4 + 4 = 6
-        np.testing.assert_array_equal(run.block("head"), (INITIAL["head"] + 4) + 6)
-
-
-async def test_a_stop_keeps_the_round_open(site: Site, clock: Clock) -> None:
-    with site.run(ready=["watch"]) as run:
-        pass
-    await clock.advance(100)  # its own clock has stopped
-    with site.state() as state:
-        unclosed = state.unclosed_round()
-        assert unclosed is not None and unclosed.round_num == 1
-    assert run.federation.round_num == 1
-
-
-async def test_versions_are_published_at_every_start(site: Site) -> None:
-    with site.run(ready=["watch"]) as run:
-        assert dict(run.sender.versions).keys() == SIZES.keys()
-        await run.finish_round(1)
-    with site.run() as run:
-        assert {block: pointer.version for block, pointer in run.sender.versions} == {
-            **dict.fromkeys(HELD["watch"], 2),
-            "encoder-gyro": 1,
-        }
-
-
-# The wrong folder
-
-
-async def open_federation(site: Site, manifest: ModelManifest, private: tuple[str, ...]) -> None:
-    config = make_config(site.artifacts, site.data_dir, private_blocks=private)
-    with site.state() as state:
-        Federation(config, manifest, state).close()
-
-
-async def test_a_data_folder_of_another_model_is_refused(site: Site) -> None:
-    with site.run():
-        pass
-    blocks = list(site.manifest.blocks)
-    renamed = replace(blocks[-1].parameters[0], name="fc.other")
-    blocks[-1] = replace(blocks[-1], parameters=(renamed, *blocks[-1].parameters[1:]))
-    other = replace(site.manifest, blocks=tuple(blocks))
-    with pytest.raises(ConfigError, match=r"was made for another model layout .*--data-dir"):
-        await open_federation(site, other, ())
-
-
-@pytest.mark.parametrize("private", [("head",), ("fusion", "head")])
-async def test_a_data_folder_of_another_scheme_is_refused(
-    site: Site, private: tuple[str, ...]
-) -> None:
-    with site.run():
-        pass
-    with pytest.raises(ConfigError, match="was made for another private blocks"):
-        await open_federation(site, site.manifest, private)
-
-
-async def test_the_order_of_private_blocks_makes_no_other_scheme(site: Site) -> None:
-    await open_federation(site, site.manifest, ("fusion", "head"))
-    await open_federation(site, site.manifest, ("head", "fusion"))
-
-
-async def test_swapped_initial_parameters_are_refused(site: Site) -> None:
-    (site.artifacts / "head" / "parameters.bin").write_bytes(bytes(4 * SIZES["head"]))
-    with pytest.raises(ModelError, match=r"head/parameters\.bin is damaged or was swapped"):
-        await open_federation(site, site.manifest, ())
-
-
-async def test_private_blocks_leave_no_version_on_the_server(site: Site) -> None:
-    with site.run(private_blocks=("head",)):
-        names = {path.name for path in (site.data_dir / "blocks").iterdir()}
-        assert names == SIZES.keys() - {"head"}
-
-
 # Traffic
 
 
@@ -713,128 +465,3 @@ async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
         assert run.federation.roster.ready.keys() == {"watch"}
         await door.publish(topics.status(FED, "watch"), wire.Status(is_online=False))
         assert run.federation.roster.ready == {}
-
-
-# What goes wrong
-
-
-@pytest.mark.parametrize("block", ["fusion", "head"])
-async def test_an_update_id_used_twice_is_rejected(site: Site, block: str) -> None:
-    used = make_id("used")
-    with site.run(ready=["watch"]) as run:
-        run.federation.on_update(make_update("watch", "head", 1.0, update_id=used))
-        round_num = 1
-        if block == "head":  # in the next round
-            for other in ("encoder-acc", "fusion"):
-                run.federation.on_update(make_update("watch", other, 1.0))
-            run.federation.on_report("watch", make_report("watch"))
-            await settle()
-            round_num = 2
-        again = make_update(
-            "watch", block, 1.0, update_id=used, round_num=round_num, base_version=round_num
-        )
-        assert run.federation.on_update(again).status == "rejected"
-
-
-async def test_a_version_is_always_finite(site: Site) -> None:
-    with site.run(ready=["watch"], num_rounds=2) as run, np.errstate(over="ignore"):
-        for round_num in (1, 2):
-            await run.finish_round(round_num, 3e38)
-        assert np.isfinite(run.block("head")).all()
-
-
-async def test_a_round_whose_closing_failed_is_closed_later(
-    site: Site, clock: Clock, other_db: sqlite3.Connection
-) -> None:
-    with site.run(ready=["watch"]) as run:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-        fault = "BEFORE UPDATE ON rounds BEGIN SELECT RAISE(ABORT, 'disk full'); END"
-        other_db.execute(f"CREATE TRIGGER fault {fault}")
-        await run.finish_round(1)
-        assert run.state.last_closed_round() == 0
-        other_db.execute("DROP TRIGGER fault")
-        run.ready("watch")
-        await clock.advance(100)
-        assert run.state.last_closed_round() >= 1
-
-
-@pytest.mark.parametrize("mode", ["sync", "async"])
-async def test_a_round_whose_opening_failed_half_way_is_opened_later(
-    site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    with site.run(mode=mode) as run:
-        with monkeypatch.context() as patch:
-
-            def fail(*arguments: object) -> None:
-                raise StateError("the disk does not read")
-
-            patch.setattr(server.federation, "round_from_journal", fail)
-            run.ready("watch")
-            assert run.federation.round is None and run.sender.sent == []
-        await clock.advance(11)
-        assert run.sender.tasks(1).keys() == {"watch"}
-        await run.finish_round(1)
-        assert run.federation.refused == {}
-
-
-async def test_an_update_of_an_open_round_is_not_rejected_before_the_start(site: Site) -> None:
-    with site.run(ready=["watch"]):
-        pass
-    config = make_config(site.artifacts, site.data_dir)
-    with site.state() as state:
-        federation = Federation(config, site.manifest, state)
-        receipt = federation.on_update(make_update("watch", "head", 1.0))
-        federation.close()
-        assert receipt.status != "rejected"
-
-
-@pytest.mark.parametrize("has_open_round", [False, True])
-async def test_a_device_may_be_ready_before_the_start(site: Site, has_open_round: bool) -> None:
-    if has_open_round:
-        with site.run(ready=["watch"]):
-            pass
-    config = make_config(site.artifacts, site.data_dir)
-    with site.state() as state:
-        federation, sender = Federation(config, site.manifest, state), FakeSender()
-        try:
-            federation.on_ready("watch", wire.Ready(("acc",), ("head",)))
-            federation.start(sender)
-            assert sender.tasks(1).keys() == {"watch"}
-        finally:
-            federation.close()
-
-
-async def test_a_damaged_block_stops_the_start(site: Site) -> None:
-    with site.run():
-        pass
-    path = site.data_dir / "blocks" / "head" / "1.safetensors"
-    shutil.copy(site.data_dir / "blocks" / "fusion" / "1.safetensors", path)
-    with pytest.raises(Exception, match=r"cannot read .*head/1\.safetensors"), site.run():
-        pass
-
-
-async def test_one_line_is_logged_per_round(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    with site.run(ready=["watch"], num_rounds=1) as run, caplog.at_level(logging.INFO):
-        await run.finish_round(1)
-    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    expected = (
-        "round 1 closed: loss 0.5000, updates: encoder-acc 1, encoder-gyro 0, fusion 1, head 1"
-    )
-    assert lines == [expected]
-
-
-async def test_deterministic_rounds_do_not_depend_on_who_is_first(tmp_path: Path) -> None:
-    """By default, too, they hardly ever do; here a float64 sum of another order would show."""
-    values = {"both": 1e17, "watch": -1e17, "phone": 3.0}
-    found = []
-    for k, order in enumerate((["both", "watch", "phone"], ["phone", "both", "watch"])):
-        site = Site(tmp_path / str(k))
-        with site.run(ready=EVERYBODY, min_devices=3, is_deterministic=True) as run:
-            for device in order:
-                run.federation.on_update(make_update(device, "head", values[device]))
-            for device in order:
-                run.federation.on_report(device, make_report(device))
-            await settle()
-            assert run.federation.shared.versions["head"] == 2
-            found.append(to_bytes(run.block("head")))
-    assert found[0] == found[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -33,11 +32,6 @@ QUESTIONS: dict[str, list[wire.Message]] = {
     "its fin alone": [FIN],
     "its fin twice": [BEGIN, FIN, FIN],
 }
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
 
 
 async def open_door(run: Run, site: Site) -> Door:

@@ -25,15 +25,10 @@ from tests.server.builders import (
     make_update,
     settle,
 )
-from tests.server.test_federation import HELD, Clock, cohort
+from tests.server.federations import HELD, Clock, cohort
 
 BLOCKS = {name: make_block(name, *rest)[0] for name, rest in LAYOUT.items()}
 MANY = {f"watch-{i}": ["acc"] for i in range(8)} | {"phone-0": ["gyro"]}
-
-
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 @pytest.fixture

@@ -61,11 +61,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made.is_open.set()
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
 def versions(run: Run) -> dict[str, int]:
     return run.federation.shared.versions
 
