@@ -302,8 +302,9 @@ class Gateway:
             return wire.Receipt(update_id, "rejected", malformed)
         self._end(device, update_id)
         block = self._blocks[transfer.manifest.block]
+        payload = transfer.payload.toreadonly()
         try:
-            update = wire.decode_payload(transfer.manifest, transfer.payload, device, block)
+            update = wire.decode_payload(transfer.manifest, payload, device, block)
         except WireError as error:
             self.refused["payload"] += 1
             self._conduct.note(device, transfer.manifest.num_bytes)

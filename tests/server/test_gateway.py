@@ -306,6 +306,9 @@ async def test_an_update_in_every_codec(gate: Gate, codec: str) -> None:
     await gate.send("head", manifest, chunk, wire.Fin(HEAD.update_id))
     [found] = gate.judge.updates
     np.testing.assert_array_equal(found.delta, parse_codec(codec).decode(payload, 8))
+    vector = found.encoded.parameters
+    arrays = [vector.values, vector.scales, vector.bitmap]  # kernels are compiled for such
+    assert not any(one.flags.writeable for one in arrays if one is not None and one.size)
     assert replace(found, encoded=HEAD.encoded, sha256=HEAD.sha256) == HEAD
     assert gate.receipts == [wire.Receipt(HEAD.update_id, "accepted")]
 
