@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeAlias
 
 import numba
@@ -33,7 +33,7 @@ class NumbaBackend:
 
     def __init__(self, num_threads: int = 0) -> None:
         self._num_threads = num_threads or num_cores()
-        self._pool = ThreadPoolExecutor(self._num_threads, "reducer")
+        self._pool = ThreadPoolExecutor(self._num_threads, "reducer")  # beside the caller's
         _warm_up(self)
 
     @property
@@ -53,18 +53,24 @@ class NumbaBackend:
         passes = [
             _pass([vectors[k] for k in chosen], factors[chosen]) for chosen in _by_form(vectors)
         ]
+        num_tiles = math.ceil(total.size / kernels.TILE)
+        width = kernels.TILE * max(1, math.ceil(num_tiles / (SHARES * self._num_threads)))
+        starts = range(0, total.size, width)
+        left = iter(starts)
 
-        def work(start: int, stop: int) -> None:
-            for add in passes:
-                add(total, start, stop)
+        def work() -> None:
+            for start in left:  # of which every thread takes the next
+                for add in passes:
+                    add(total, start, min(start + width, total.size))
 
-        if self._num_threads == 1 or total.size <= kernels.TILE:
-            work(0, total.size)
-            return
-        width = math.ceil(total.size / (SHARES * self._num_threads * kernels.TILE)) * kernels.TILE
-        edges = [*range(0, total.size, width), total.size]
-        for _ in self._pool.map(work, edges, edges[1:]):
-            pass
+        num_helpers = min(self._num_threads, len(starts)) - 1
+        helpers = [self._pool.submit(work) for _ in range(num_helpers)]
+        try:
+            work()
+        finally:
+            wait(helpers)  # they read the vectors' memory
+        for helper in helpers:
+            helper.result()
 
 
 def _by_form(vectors: Sequence[Encoded]) -> list[list[int]]:

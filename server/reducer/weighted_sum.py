@@ -12,9 +12,9 @@ from petalfl.vectors import Vector
 
 from .backend import active
 
-# A pass reads and writes 16 bytes of the sum for each of its values. It is worth its while when
-# the updates that wait for it have 8 times as many,
-BYTES_A_VALUE = 128
+# A pass reads and writes 16 bytes of the sum for each of its values, and is handed to a thread. It
+# is worth its while when the updates that wait for it have 32 times as many,
+BYTES_A_VALUE = 512
 MAX_BYTES = 128 << 20  # and due with so many bytes of a long block,
 MAX_VALUES = 1 << 27  # or so many values of short codecs; but with so many updates at least:
 MIN_UPDATES = 8

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from petalfl.codecs import Encoded, parse_codec
-from petalfl.codecs.encoded import ALIGN
+from petalfl.codecs.encoded import ALIGN, plain
 from server.reducer import FORMS, Backend, active, choose, parse_reducer, use
 
 NAMES = ("numpy", "numba", "torch")
@@ -65,6 +65,10 @@ def test_a_sum_is_that_of_what_the_codec_decodes(backend: Backend, codec: str, s
     factors = rng.uniform(0.1, 1000, 11)
     tolerance = 1e-7 if "int8" in codec else 1e-14
     assert_sum(summed(backend, vectors, factors), vectors, factors, tolerance)
+
+
+def test_a_sum_of_no_values(backend: Backend) -> None:
+    assert summed(backend, [plain(np.zeros(0, np.float32))] * 2, np.ones(2)).size == 0
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e4])
