@@ -20,6 +20,8 @@ CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
     name TEXT PRIMARY KEY, salt BLOB NOT NULL, password_sha256 BLOB NOT NULL,
     modalities TEXT NOT NULL, enrolled_at_s REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS revoked (
+    device TEXT PRIMARY KEY, num_times INTEGER NOT NULL, last_task INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (
     round_num INTEGER PRIMARY KEY, opened_at_s REAL NOT NULL, closed_at_s REAL, loss REAL,
     num_late INTEGER);

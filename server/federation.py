@@ -359,10 +359,8 @@ class Federation:
         self._assign(cohort)
 
     def _next_assignment(self, device: str) -> Assignment:
-        """Asynchronously: each device counts its own tasks."""
-        assert self.round is not None
-        before = self.round.cohort.get(device)
-        round_num = before.round_num + 1 if before else 1
+        """Asynchronously: each device counts its own tasks, on from those of its name before it."""
+        round_num = self._state.last_task(device) + 1
         return Assignment(round_num, self.roster.uploads(device, round_num, self.config))
 
     def _assign(self, cohort: dict[str, Assignment]) -> None:

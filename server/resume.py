@@ -56,6 +56,4 @@ def round_from_journal(
         found.buffer(update)
     for device, report in state.journaled_reports(since).items():
         found.report(device, report)
-    for device in found.cohort.keys() - state.devices().keys():
-        found.remove(device)  # its enrollment was revoked
     return found

@@ -50,8 +50,12 @@ __all__ = [
 ]
 
 _NEWEST = """
-(SELECT device, MAX(round_num) AS round_num, blocks FROM tasks
- WHERE opened_in >= ? GROUP BY device ORDER BY device)
+(SELECT device, MAX(round_num) AS round_num, blocks FROM tasks LEFT JOIN revoked USING (device)
+ WHERE opened_in >= ? AND round_num > COALESCE(last_task, 0) GROUP BY device ORDER BY device)
+"""
+_REVOKE = """
+INSERT INTO revoked SELECT ?1, 1, COALESCE(MAX(round_num), 0) FROM tasks WHERE device = ?1
+ON CONFLICT (device) DO UPDATE SET num_times = num_times + 1, last_task = excluded.last_task
 """
 
 
@@ -151,9 +155,20 @@ class ServerState:
         self._db.execute("UPDATE devices SET modalities = ? WHERE name = ?", row)
 
     def remove_device(self, name: str) -> None:
-        """Forgets a device's enrollment; what it has contributed stays."""
+        """Forgets a device's enrollment; what it has contributed stays.
+
+        Its tasks are over: who enrolls under its name later has others, of higher numbers.
+        """
         self._num_devices = None
-        self._db.execute("DELETE FROM devices WHERE name = ?", (name,))
+        with transaction(self._db):
+            self._db.execute("DELETE FROM devices WHERE name = ?", (name,))
+            self._db.execute(_REVOKE, (name,))
+
+    def num_revoked(self, name: str) -> int:
+        """How often an enrollment under this name has ended."""
+        query = "SELECT num_times FROM revoked WHERE device = ?"
+        row = self._db.execute(query, (name,)).fetchone()
+        return 0 if row is None else int(row[0])
 
     def is_password(self, name: str, password: str) -> bool:
         """Whether that is the device's password."""
@@ -205,8 +220,16 @@ class ServerState:
         query = "SELECT MAX(round_num) FROM rounds WHERE closed_at_s IS NOT NULL"
         return int(self._db.execute(query).fetchone()[0] or 0)
 
+    def last_task(self, device: str) -> int:
+        """The highest number of all tasks under this name, whoever had it; 0 before the first."""
+        query = "SELECT MAX(round_num) FROM tasks WHERE device = ?"
+        return int(self._db.execute(query, (device,)).fetchone()[0] or 0)
+
     def newest_tasks(self, since: int) -> dict[str, Assignment]:
-        """By device, the newest of its tasks that went out in round ``since`` or later."""
+        """By device, the newest of its tasks that went out in round ``since`` or later.
+
+        Those of an enrollment that has ended are none.
+        """
         rows = self._db.execute(f"SELECT * FROM {_NEWEST}", (since,))
         return {name: Assignment(n, frozenset(json.loads(blocks))) for name, n, blocks in rows}
 

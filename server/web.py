@@ -173,9 +173,9 @@ class WebApp:
 
     async def _enroll(self, request: web.Request) -> web.Response:
         wanted = await self._read(request, EnrollRequest, "enrollment")
-        password = self._make_password(wanted.device, request.headers.get(KEY_HEADER, ""))
         modalities = sorted(set(wanted.modalities))
         async with self._enrolling:
+            password = self._make_password(wanted.device, request.headers.get(KEY_HEADER, ""))
             is_taken = any(one.has_device(wanted.device) for one in self.siblings)
             is_new = not is_taken and self._state.add_device(
                 wanted.device, password, modalities, time.time()
@@ -220,13 +220,16 @@ class WebApp:
         return web.json_response({"device": device})
 
     def _make_password(self, device: str, key: str) -> str:
-        """At random; with a key of the device's the same whenever it asks again."""
+        """At random; with a key of the device's the same until it is revoked."""
         if not key:
             return secrets.token_urlsafe(32)
         if not re.fullmatch(KEY_REGEX, key):
             raise web.HTTPBadRequest(text=f"{KEY_HEADER}: expected 22 to 128 of A-Za-z0-9_-")
         secret = self._state.setting("enrollment secret", secrets.token_urlsafe(32))
-        digest = hmac.digest(secret.encode(), f"{device} {key}".encode(), "sha256")
+        named = f"{device} {key}"
+        if num_revoked := self._state.num_revoked(device):
+            named += f" {num_revoked}"
+        digest = hmac.digest(secret.encode(), named.encode(), "sha256")
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     async def _add_modalities(self, request: web.Request, device: str) -> web.Response:

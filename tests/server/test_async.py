@@ -26,6 +26,7 @@ from tests.server.builders import (
     ENROLLED,
     INITIAL,
     LAYOUT,
+    NOW_S,
     SIZES,
     Run,
     Site,
@@ -168,6 +169,48 @@ async def test_a_device_that_is_back_gets_its_open_task_again(site: Site) -> Non
         assert len(run.sender.sent) == 2, "nobody is there to get the next one"
         run.ready("watch")
         assert newest(run, "watch").round_num == 2
+
+
+def succeed(run: Run, device: str) -> None:
+    """The device is revoked, and somebody enrolls under its name."""
+    run.state.remove_device(device)
+    run.federation.remove(device)
+    assert run.state.add_device(device, "another password", ENROLLED[device], NOW_S)
+
+
+async def test_a_successor_goes_on_with_the_next_number(site: Site) -> None:
+    """Nothing of it is taken for its predecessor's, and nobody else waits."""
+    with site.run(ready=["watch", "phone"], **ASYNC) as run:
+        await answer(run, "watch")
+        old = make_update(run, "watch", "head")
+        assert run.federation.on_update(old).status == "accepted"
+        succeed(run, "watch")
+        await settle()
+        run.ready("watch")
+        await answer(run, "phone")
+        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (3, 2)
+        assert set(await answer(run, "watch")) == {"accepted"}
+        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (4, 2)
+        assert run.federation.on_update(old).status == "accepted", "as it was told before"
+
+
+async def test_a_successor_is_another_device_after_restarts(site: Site) -> None:
+    """It enrolls before the first, and is ready for the first time after the second."""
+    with site.run(ready=["watch", "phone"], **ASYNC) as run:
+        assert run.federation.on_update(make_update(run, "watch", "head")).status == "accepted"
+        await run.federation.commit()
+        succeed(run, "watch")
+    for _ in range(2):
+        with site.run(ready=["phone"], **ASYNC) as run:
+            assert run.federation.round is not None
+            assert run.federation.round.cohort.keys() == {"phone"}
+            assert newest(run, "phone").round_num == 1
+    with site.run(ready=["watch", "phone"], **ASYNC) as run:
+        assert (newest(run, "watch").round_num, newest(run, "phone").round_num) == (2, 1)
+        assert set(await answer(run, "watch")) == {"accepted"}
+        succeed(run, "watch")
+    with site.run(ready=["watch"], **ASYNC) as run:
+        assert newest(run, "watch").round_num == 4, "3 was open"
 
 
 async def test_a_device_slower_than_the_deadline_counts(site: Site, clock: Clock) -> None:

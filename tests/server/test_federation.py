@@ -457,6 +457,28 @@ async def test_a_revoked_device_is_not_waited_for_and_what_it_has_sent_counts(
         assert "watch" not in run.sender.finishes()
 
 
+async def test_who_enrolls_under_a_revoked_name_is_asked_from_the_next_round_on(
+    site: Site,
+) -> None:
+    """Also after a restart in the round that its predecessor has a part in."""
+    with site.run(ready=EVERYBODY, min_devices=3) as run:
+        run.federation.on_update(make_update("watch", "head", 1.0))
+        run.state.remove_device("watch")
+        run.federation.remove("watch")
+        await run.federation.commit()
+        assert run.state.add_device("watch", "another password", ["acc"], NOW_S)
+        run.ready("watch")
+        assert [device for device, _ in run.sender.sent].count("watch") == 1
+    with site.run(ready=EVERYBODY, min_devices=3) as run:
+        assert cohort(run).keys() == run.sender.tasks(1).keys() == {"phone", "both"}
+        refused = run.federation.on_update(make_update("watch", "fusion", 5.0))
+        assert "not in the cohort" in refused.reason
+        await run.finish_round(1)
+        assert run.sender.tasks(2).keys() == set(EVERYBODY)
+        await run.finish_round(2)
+        assert run.federation.round_num == 3
+
+
 async def test_a_device_that_says_goodbye_is_left_out(site: Site) -> None:
     with site.run(min_devices=2) as run:
         door = await Door(site.manifest, run.federation).open()

@@ -259,6 +259,22 @@ async def test_a_revoked_device_is_nobody(served: Served) -> None:
     assert (await served.enroll({"device": "watch", "modalities": ["acc"]}))[0] == 200
 
 
+async def test_a_revoked_password_never_comes_back(tmp_path: Path) -> None:
+    """Not with the key that it came with, either: who has that enrolls anew."""
+    seen: set[str] = set()
+    for _ in range(2):
+        async with serve(tmp_path) as served:
+            for _ in range(2):
+                status, body = await served.enroll(CAR, with_key(KEY))
+                password = json.loads(body)["password"]
+                assert (status, password in seen) == (200, False)
+                assert await served.enroll(CAR, with_key(KEY)) == (200, body)
+                for old in seen:
+                    assert (await served.get(FOR_DEVICES[0], login("car-7", old)))[0] == 401
+                seen.add(password)
+                assert (await revoke(served, {"device": "car-7"}))[0] == 200
+
+
 async def test_only_an_admin_revokes(served: Served) -> None:
     """Who has the join token has it from an app, perhaps."""
     for headers in (OPERATOR, login("watch"), login("phone")):
