@@ -13,6 +13,7 @@ from petalfl.errors import PetalError
 from . import provision
 from .config import make_broker_tls, make_tls
 from .config_report import as_json, as_text
+from .descriptors import raise_limit
 from .maintenance import add_commands
 from .memory import keep_freed_memory
 from .options import add_flags
@@ -39,6 +40,7 @@ def _serve(options: argparse.Namespace) -> int:
     )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     keep_freed_memory()
+    raise_limit()
     models = load_models(effective)
     asyncio.run(serve(effective, models, lambda: resolve(vars(options), os.environ)))
     if is_stepping():

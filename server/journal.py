@@ -23,7 +23,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -34,7 +34,9 @@ from petalfl.model import Block
 from petalfl.payloads import parse_payload
 from petalfl.wire import BlockUpdate, Report
 
+from .descriptors import map_to_read
 from .rounds import Announced
+from .segments import read_delta, segment_path, segments, translated
 from .versions import StateError
 
 log = logging.getLogger("petalfl.server.journal")
@@ -116,10 +118,11 @@ class Journal:
         self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by first byte
         self._is_broken = False
         self._committing = threading.Lock()
-        with _translated(f"cannot use the journal {self._folder}"):
+        with translated(f"cannot use the journal {self._folder}"):
             self._folder.mkdir(exist_ok=True)
             found = segments(self._folder).items()
             self._end = max((start + path.stat().st_size for start, path in found), default=0)
+            self._starts = [start for start, _ in found]  # to list 2,000 files takes 10 ms
             self._writer = sqlite3.connect(
                 folder / DATABASE, isolation_level=None, check_same_thread=False
             )
@@ -150,7 +153,7 @@ class Journal:
         encoded = update.encoded
         data = memoryview(encoded.payload).cast("B")
         self._end = -(-self._end // LINE) * LINE
-        with _translated(f"cannot write to the journal {self._folder}"):
+        with translated(f"cannot write to the journal {self._folder}"):
             if self._segment < 0 or self._end - self._start + len(data) > SEGMENT_BYTES:
                 self._open_segment()
             _write(self._segment, data, self._end - self._start)
@@ -190,7 +193,7 @@ class Journal:
         if not (updates or reports):
             return
         # The open segment may be full, and closed, before the thread comes to it.
-        with _translated(f"cannot commit to the journal {self._folder}"):
+        with translated(f"cannot commit to the journal {self._folder}"):
             segment = os.dup(self._segment) if updates and self._segment >= 0 else -1
 
         def work() -> None:
@@ -220,8 +223,9 @@ class Journal:
         """An update's payload where it lies on the disk, read when it is looked at.
 
         It stays what it is until the update is consumed. None of one that is consumed, of a
-        payload that does not begin at a multiple of `LINE`, as in older segments, and where the
-        system does not map files.
+        payload that does not begin at a multiple of `LINE`, as in older segments, of a segment
+        that has not half of its length, as those of a restored backup, of which there may be one
+        for each update, and where the system does not map files, or not so many.
         """
         if (row := self._updates.get(update_id)) is not None:
             position, num_bytes = row[_POSITION], row[_NUM_BYTES]
@@ -231,18 +235,16 @@ class Journal:
             if row is None:
                 return None
             position, num_bytes = row
-        if self._segment >= 0 and self._start <= position:
-            start = self._start
-        else:
-            start = max(one for one in segments(self._folder) if one <= position)
+        start = self._starts[bisect_right(self._starts, position) - 1]
         first = position - start
         if first % LINE:
             return None
         try:
-            return memoryview(self._map(start, first + num_bytes))[first : first + num_bytes]
+            found = self._map(start, first + num_bytes)
         except OSError as error:
             log.warning("cannot map a segment of the journal %s: %s", self._folder, error)
             return None
+        return None if found is None else memoryview(found)[first : first + num_bytes]
 
     def _has_other(self, update: BlockUpdate) -> bool:
         key = (update.round_num, update.device, update.block)
@@ -263,7 +265,7 @@ class Journal:
         )
         for codec, update_id, device, block, *numbers, sha256 in rows.fetchall():
             round_num, base, count, *where = numbers
-            payload = read_delta(self._folder, *where)
+            payload = read_delta(self._folder, self._starts, *where)
             try:
                 encoded = parse_payload(parse_codec(codec), blocks[block], payload)
             except (ValueError, WireError) as error:
@@ -272,16 +274,19 @@ class Journal:
 
     # How
 
-    def _map(self, start: int, num_bytes: int) -> mmap.mmap:
+    def _map(self, start: int, num_bytes: int) -> mmap.mmap | None:
         """The whole segment; of one that is still written to, with room for what is to come."""
         found = self._maps.get(start)
         if found is None or len(found) < num_bytes:
-            segment = os.open(_path(self._folder, start), os.O_RDWR)
+            segment = os.open(segment_path(self._folder, start), os.O_RDWR)
             try:
                 is_open = self._segment >= 0 and start == self._start
-                if is_open and os.fstat(segment).st_size < SEGMENT_BYTES:
+                size = os.fstat(segment).st_size
+                if not is_open and 2 * size < SEGMENT_BYTES:
+                    return None
+                if size < SEGMENT_BYTES and is_open:
                     os.ftruncate(segment, SEGMENT_BYTES)  # which takes nothing of the disk
-                found = mmap.mmap(segment, 0, prot=mmap.PROT_READ)
+                found = map_to_read(segment)
             finally:
                 os.close(segment)
             self._maps[start] = found
@@ -293,11 +298,12 @@ class Journal:
                 self._sync(self._segment)
         self._close_segment()
         self._recycle()
-        path = _path(self._folder, self._end)
+        path = segment_path(self._folder, self._end)
         with suppress(FileNotFoundError):
             (self._folder / _SPARE).replace(path)
         self._segment = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._start = self._end
+        self._starts.append(self._start)
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)  # the new file's name
@@ -314,6 +320,7 @@ class Journal:
         used = {starts[bisect_right(starts, position) - 1] for position in waiting if starts}
         for start in found.keys() - used:
             found[start].replace(self._folder / _SPARE)  # one is enough
+        self._starts = sorted(used)
 
     def _close_segment(self) -> None:
         if self._segment >= 0:
@@ -328,7 +335,7 @@ class Journal:
             reports = [key for key in reports if key in self._reports]
             if not (updates or reports):
                 return
-            with _translated("cannot commit to the journal"):
+            with translated("cannot commit to the journal"):
                 self._writer.execute("BEGIN IMMEDIATE")
                 try:
                     self._writer.executemany(_INSERT_UPDATE, [self._updates[i] for i in updates])
@@ -347,7 +354,7 @@ class Journal:
             raise StateError("the disk has failed before: start the server again")
         if segment < 0:  # reports alone
             return
-        with _translated(f"cannot write the journal {self._folder} to disk"):
+        with translated(f"cannot write the journal {self._folder} to disk"):
             try:
                 os.fdatasync(segment)
             except OSError:  # after which nobody knows what is on the disk
@@ -355,44 +362,7 @@ class Journal:
                 raise
 
 
-def segments(folder: Path) -> dict[int, Path]:
-    """By the position of its first byte, each segment's file; in order."""
-    paths = {int(path.stem): path for path in folder.glob("*.deltas")}
-    return dict(sorted(paths.items()))
-
-
-def read_delta(folder: Path, position: int, num_bytes: int, crc32: int) -> bytes:
-    """The bytes that a row of `updates` points to.
-
-    Raises:
-        StateError: They are not there, or not those that were written.
-    """
-    found = segments(folder)
-    starts = [start for start in found if start <= position]
-    if not starts:
-        raise StateError(f"the journal {folder} has lost the segment of position {position}")
-    path = found[starts[-1]]
-    with _translated(f"cannot read {path}"), path.open("rb") as file:
-        file.seek(position - starts[-1])
-        data = file.read(num_bytes)
-    if len(data) != num_bytes or zlib.crc32(data) != crc32:
-        raise StateError(f"{path} is damaged at position {position}")
-    return data
-
-
-def _path(folder: Path, start: int) -> Path:
-    return folder / f"{start:020}.deltas"
-
-
 def _write(segment: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(segment, data, offset)
         data, offset = data[written:], offset + written
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise StateError(f"{what}: {error}") from error

@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 from petalfl.errors import PetalError
 from petalfl.files import write_atomic
 
-from .journal import DATABASE, FOLDER, read_delta, segments
+from .journal import DATABASE, FOLDER
+from .segments import read_delta, segments
 from .settings import resolve
 from .versions import OLDEST, StateError, checksum, read_any_version, version_path
 
@@ -261,14 +262,15 @@ def _read_tables(db: sqlite3.Connection, folder: Path, found: Findings) -> None:
     lost = blocks.keys() - found.versions.keys()
     found.damages += [f"no version of the block {block} is kept" for block in sorted(lost)]
     waiting = db.execute(_WAITING).fetchall()
+    starts = list(segments(folder / FOLDER))
     found.journal = {
         "num_waiting": len(waiting),
         "num_bytes": sum(num_bytes for _, num_bytes, _ in waiting),
-        "num_segments": len(segments(folder / FOLDER)),
+        "num_segments": len(starts),
     }
     for position, num_bytes, crc32 in waiting:
         try:
-            read_delta(folder / FOLDER, position, num_bytes, crc32)
+            read_delta(folder / FOLDER, starts, position, num_bytes, crc32)
         except StateError as error:
             # A running server may have consumed it meanwhile, and written over it.
             query = f"{_WAITING} AND delta = ?"
@@ -327,8 +329,9 @@ def _copy(folder: Path, target: Path) -> None:
                 row = (OLDEST + block, str(max(version + 1, _oldest_version(db, block))))
                 db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
                 db.commit()
+        starts = list(segments(folder / FOLDER))
         for position, num_bytes, crc32 in db.execute(_WAITING):
-            delta = read_delta(folder / FOLDER, position, num_bytes, crc32)
+            delta = read_delta(folder / FOLDER, starts, position, num_bytes, crc32)
             # A segment of its own, so that its row need not change.
             write_atomic(target / FOLDER / f"{position:020}.deltas", delta)
 

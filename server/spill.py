@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from petalfl.codecs import Encoded
 from petalfl.payloads import EncodedDelta
 
+from .descriptors import map_to_read
+
 log = logging.getLogger("petalfl.server")
 
 FILE_BYTES = 64 << 20  # of a file; it takes as much of the disk as was written to it
@@ -90,10 +92,11 @@ class Spill:
         try:
             Path(name).unlink()
             os.ftruncate(descriptor, num_bytes)
-            self._map = mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ)
+            found = map_to_read(descriptor)
         except OSError:
             os.close(descriptor)
             raise
+        self._map = found
         self._close()  # the file before; the arrays in it keep its map
         closing = weakref.finalize(self, os.close, descriptor)
         closing.atexit = False  # a thread that nobody waits for may write until the process ends

@@ -10,7 +10,7 @@ import pytest
 
 from petalfl import topics, wire
 from petalfl.vectors import to_bytes
-from server.journal import read_delta
+from server.segments import read_delta, segments
 from tests.server.builders import (
     FED,
     INITIAL,
@@ -138,7 +138,8 @@ async def test_an_update_is_in_the_journal_after_the_commit_that_its_receipt_wai
         )
         [(*fields, position, num_bytes, crc32)] = other_db.execute(query).fetchall()
         assert fields == [update.update_id, "watch", "head", 5]
-        stored = read_delta(site.data_dir / "journal", position, num_bytes, crc32)
+        folder = site.data_dir / "journal"
+        stored = read_delta(folder, list(segments(folder)), position, num_bytes, crc32)
         assert stored == to_bytes(update.delta)
 
 

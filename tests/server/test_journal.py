@@ -155,6 +155,41 @@ def test_payloads_are_read_where_they_lie(
         again.close()
 
 
+def test_segments_are_listed_once(
+    journal: Journal, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be one for each of thousands of updates."""
+    monkeypatch.setattr("server.journal.SEGMENT_BYTES", LINE)
+    updates = [drawn(k) for k in range(9)]
+    for update in updates:
+        journal.append(update)
+    journal.commit()
+    again = Journal(db, tmp_path)  # type: ignore[arg-type]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "glob", None)
+            for opened in (journal, again):
+                assert len(list(opened.unconsumed(BLOCKS))) == 9
+                assert all(is_mapped(opened, update) for update in updates)
+    finally:
+        again.close()
+
+
+def test_a_segment_that_has_not_half_of_its_length_is_not_mapped(
+    journal: Journal, db: Database, tmp_path: Path
+) -> None:
+    """Once nothing more is written to it: there may be many of them."""
+    journal.append(drawn(0))
+    journal.commit()
+    again = Journal(db, tmp_path)  # type: ignore[arg-type]
+    try:
+        assert not is_mapped(again, drawn(0))
+        assert is_mapped(journal, drawn(0)), "which is the one that writes to it"
+        assert is_mapped(again, drawn(0)), "it has its full length since"
+    finally:
+        again.close()
+
+
 def test_a_payload_longer_than_a_segment_is_mapped(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
