@@ -162,7 +162,6 @@ class MqttTransport:
         loop = asyncio.get_running_loop()
         self._connack = loop.create_future()
         self._lost.clear()
-        self._unregister()
         try:
             self._client.connection = await self._dial()
             self._client.connect(self._endpoint.host, self._endpoint.port, KEEPALIVE_S)
@@ -256,14 +255,10 @@ class MqttTransport:
         asyncio.get_running_loop().add_reader(opened, self._read)
 
     def _socket_closed(self, c: object, u: object, closed: Any) -> None:
-        self._unregister()
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(closed)
+        loop.remove_writer(closed)
         self._socket = None
-
-    def _unregister(self) -> None:
-        if self._socket is not None:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._socket)
-            loop.remove_writer(self._socket)
 
     def _want_write(self, wants_write: bool) -> None:
         if self._socket is not None:
