@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import sys
+import traceback
 
 from petalfl.errors import PetalError
 
@@ -28,8 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (PetalError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _report(error)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -42,13 +42,27 @@ def _serve(options: argparse.Namespace) -> int:
     keep_freed_memory()
     raise_limit()
     models = load_models(effective)
-    asyncio.run(serve(effective, models, lambda: resolve(vars(options), os.environ)))
+    try:
+        asyncio.run(serve(effective, models, lambda: resolve(vars(options), os.environ)))
+    except BaseException as error:
+        if is_stepping():
+            _leave(_report(error))
+        raise
     if is_stepping():
-        _leave()
+        _leave(0)
     return 0
 
 
-def _leave() -> None:
+def _report(error: BaseException) -> int:
+    """Says what was wrong, an operator's mistake without a traceback; the exit code."""
+    if isinstance(error, (PetalError, ValueError)):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
+
+
+def _leave(code: int) -> None:
     """Ends the process with a step in it, for which Python would wait however long it takes.
 
     Nothing is lost: the state is closed to it, and what it was made of is in the journal.
@@ -56,7 +70,7 @@ def _leave() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _check_config(options: argparse.Namespace) -> int:

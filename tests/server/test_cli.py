@@ -342,3 +342,45 @@ def test_an_http_address_of_another_form_is_refused(address: str) -> None:
 
     with pytest.raises(ConfigError, match=r"expected HOST:PORT, e\.g\. 127\.0\.0\.1:8080"):
         asyncio.run(listen())
+
+
+UNWINDING = """
+import asyncio, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from server import __main__ as cli
+from server.broker import BrokerError
+from server.stepping import on_own_thread
+
+begun, never = threading.Event(), threading.Event()
+
+def step():  # on a pool's thread, as robust rules, for which Python waits
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (begun.set(), never.wait())).result()
+
+async def serve(*arguments):
+    stepping = asyncio.ensure_future(on_own_thread(step))
+    await asyncio.sleep(0)
+    assert begun.wait(60)
+    raise %s
+
+cli.serve = serve
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("BrokerError('the broker is gone')", 2, "error: the broker is gone\n"),
+        ("RuntimeError('unforeseen')", 1, "RuntimeError: unforeseen\n"),
+    ],
+)
+def test_a_server_that_fails_amid_a_step_ends_at_once(
+    artifacts: Path, tmp_path: Path, error: str, code: int, said: str
+) -> None:
+    command = [sys.executable, "-c", UNWINDING % error, *arguments(artifacts, tmp_path / "data")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code and done.stderr.endswith(said), done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
