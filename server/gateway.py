@@ -69,8 +69,8 @@ class Gateway:
     """Decodes, assembles and answers for one federation.
 
     Args:
-        cut_off: Called once with the name of a device that sends in vain without end; it should
-            end its login at the broker.
+        cut_off: Called with the name of a device that sends in vain without end; it should end
+            its login at the broker. Called again only where the device is heard again.
         fetch: Called with a device and what it wants of a file; False where that was in vain.
         max_transfer_bytes: Of all unfinished updates; raised to four times the longest block.
         now_s: A clock that never goes back.
@@ -143,6 +143,8 @@ class Gateway:
         self._ask_waiting()
         for known in (self._malformed, self._judged, self._unheard, self._accepted):
             known.pop(device, None)
+        self._conduct.forget(device)
+        self._is_cut_off.discard(device)
 
     def publish_version(self, block: str, version: wire.BlockVersion) -> None:
         """Publishes the retained pointer to a block's newest version, in the background."""
@@ -204,6 +206,7 @@ class Gateway:
     def _drops(self, device: str, kind: str, payload: bytes) -> bool:
         standing = self._conduct.standing(device)
         if standing is Standing.GOOD:
+            self._is_cut_off.discard(device)  # it has its login still: the broker did not answer
             return False
         self.refused[standing.value] += 1
         self._conduct.note(device, len(payload))

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import signal
+import sqlite3
 import ssl
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ async def serve(
         apps, admin_token = [], secrets.token_urlsafe(24)
         for name in names:
             federation, state = federations[name], states[name]
-            cut_off = functools.partial(_cut_off, broker)
+            cut_off = functools.partial(_cut_off, broker, state)
             downloads = Downloads(transport, name, Catalog(federation, state))
             stack.push_async_callback(downloads.close)
             gateway = Gateway(
@@ -148,8 +149,12 @@ def _choose_reducer(effective: Effective) -> reducer.Backend:
         raise ConfigError(f"--reducer: {error}") from error
 
 
-def _cut_off(broker: Broker, device: str) -> None:
-    """Ends a device's login at the broker, in the background."""
+def _cut_off(broker: Broker, state: ServerState, device: str) -> None:
+    """Ends a device's logins, that at the broker in the background."""
+    try:
+        state.cut_off(device)
+    except sqlite3.Error as error:  # the disk is full, say
+        log.error("cannot note that device %s is cut off: %s", device, error)
     _in_background(broker.revoke(device), f"device {device} keeps its login")
 
 

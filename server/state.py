@@ -162,7 +162,18 @@ class ServerState:
         self._num_devices = None
         with transaction(self._db):
             self._db.execute("DELETE FROM devices WHERE name = ?", (name,))
+            self._db.execute("DELETE FROM cut_off WHERE device = ?", (name,))
             self._db.execute(_REVOKE, (name,))
+
+    def cut_off(self, name: str) -> None:
+        """Notes that a device has lost its login; it stays so until it is removed."""
+        query = "INSERT OR IGNORE INTO cut_off SELECT name FROM devices WHERE name = ?"
+        self._db.execute(query, (name,))
+
+    def is_cut_off(self, name: str) -> bool:
+        """Whether an enrolled device has lost its login."""
+        query = "SELECT 1 FROM cut_off WHERE device = ?"
+        return self._db.execute(query, (name,)).fetchone() is not None
 
     def num_revoked(self, name: str) -> int:
         """How often an enrollment under this name has ended."""

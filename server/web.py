@@ -154,6 +154,7 @@ class WebApp:
                 raise web.HTTPUnauthorized(
                     text="this device is not enrolled here, or its credential was revoked"
                 )
+            self._refuse_cut_off(device)
             return await handler(request, device)
 
         return checked
@@ -185,6 +186,7 @@ class WebApp:
                     text=f"device {wanted.device} is enrolled already; use its own store, "
                     "or another name"
                 )
+            self._refuse_cut_off(wanted.device)
             try:
                 await self._broker.grant(wanted.device, password, self.name)
             except PetalError as error:
@@ -202,6 +204,13 @@ class WebApp:
                 "private_tensors"
             ]  # a device that knows of none takes part where there are none
         return web.json_response(reply)
+
+    def _refuse_cut_off(self, device: str) -> None:
+        if self._state.is_cut_off(device):
+            raise web.HTTPForbidden(
+                text=f"device {device} was cut off, as it sent in vain without end; once it is "
+                f"mended, python -m server revoke {device} lets it enroll again"
+            )
 
     async def _revoke(self, request: web.Request) -> web.Response:
         """Ends a device's logins; what it has sent so far counts."""

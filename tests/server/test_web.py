@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import sqlite3
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from petalfl.errors import PetalError
 from petalfl.mqtt import Endpoint
 from petalfl.store import Identity
 from petalfl.vectors import to_bytes
-from server import ranges
+from server import ranges, service
 from server.broker import BrokerError
 from server.catalog import File
 from server.web import MAX_REQUEST_BYTES, WebApp, build_app
@@ -36,6 +37,7 @@ from tests.server.builders import (
     FakeJudge,
     Run,
     Site,
+    settle,
 )
 
 TOKEN = "the-join-token"
@@ -413,6 +415,50 @@ async def test_an_enrollment_that_the_broker_refused_is_tried_again(served: Serv
     assert (await served.get(f"{ROOT}/session", login("car-7", json.loads(body)["password"])))[
         0
     ] == 200, "it has been enrolled before"
+
+
+async def test_a_device_that_was_cut_off_gets_no_login_again(tmp_path: Path) -> None:
+    """Not by enrolling once more, nor with a restart; an operator lets it in again."""
+    async with serve(tmp_path) as served:
+        _, body = await served.enroll(CAR, with_key(KEY))
+        old = json.loads(body)["password"]
+        assert (await served.get(FOR_DEVICES[0], login("car-7", old)))[0] == 200
+        service._cut_off(served.broker, served.run.state, "car-7")
+        await settle()
+        assert served.broker.granted == {}
+        await assert_cut_off(served, old)
+    async with serve(tmp_path) as served:
+        await assert_cut_off(served, old)
+        assert (await revoke(served, {"device": "car-7"}))[0] == 200
+        status, body = await served.enroll(CAR, with_key(KEY))
+        new = json.loads(body)["password"]
+        assert (status, served.broker.granted) == (200, {"car-7": new})
+        assert (await served.get(FOR_DEVICES[0], login("car-7", new)))[0] == 200
+        assert (await served.get(FOR_DEVICES[0], login("car-7", old)))[0] == 401
+
+
+async def assert_cut_off(served: Served, password: str) -> None:
+    refusals = [await served.enroll(CAR, with_key(KEY))]
+    refusals += [await served.get(path, login("car-7", password)) for path in FOR_DEVICES]
+    for status, text in refusals:
+        assert status == 403 and b"device car-7 was cut off" in text
+    assert served.broker.granted == {}
+    assert (await served.enroll(CAR))[0] == 409, "whoever else asks learns nothing more"
+    assert (await served.get(FOR_DEVICES[0], login("car-7", "x")))[0] == 401
+
+
+async def test_a_device_is_cut_off_at_the_broker_where_the_disk_refuses_the_note(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: str) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    await served.enroll(CAR)
+    monkeypatch.setattr(served.run.state, "cut_off", fail)
+    service._cut_off(served.broker, served.run.state, "car-7")
+    await settle()
+    assert served.broker.granted == {}
+    assert "cannot note that device car-7 is cut off: database or disk is full" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["short", "k" * 129, "k" * 21 + ":", "k" * 21 + "ä"])

@@ -272,6 +272,24 @@ async def test_no_round_waits_for_a_device_that_was_cut_off(victim: Victim) -> N
     assert set(victim.run.federation.roster.ready) == {"phone"}
 
 
+@pytest.mark.parametrize("why", ["forgiven", "forgotten"])
+async def test_a_device_that_is_heard_again_can_be_cut_off_again(victim: Victim, why: str) -> None:
+    """The broker may have kept its login; or it was revoked, and has a successor."""
+    flood(victim, MEMBER, "cut off")
+    victim.receive(f"req/{MEMBER}", b"garbage", after_s=0)
+    assert victim.cut_off == [MEMBER]
+    if why == "forgiven":
+        victim.now_s += 10_000
+    else:
+        victim.gateway.forget(MEMBER)
+    victim.receive(f"req/{MEMBER}", READY, after_s=0)
+    assert MEMBER in victim.run.federation.roster.ready
+    victim.gateway.refused.clear()
+    flood(victim, MEMBER, "cut off")
+    assert victim.cut_off == [MEMBER, MEMBER]
+    assert MEMBER not in victim.run.federation.roster.ready
+
+
 @pytest.mark.parametrize("has_left", [True, False])
 async def test_a_throttled_device_is_ready_when_it_is_forgiven(
     victim: Victim, has_left: bool
