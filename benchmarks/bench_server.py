@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 FLOWER = Path(__file__).parent / "contenders" / "flower_numpy.py"
 BLOCK = "encoder-acc"
 MIN_UPDATES = 1000  # in a run: small fleets take more rounds
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 NOTES = """\
 Updates/s: accepted updates from the first task received to the last receipt, all rounds with their
 closing included; MB/s of their payloads. p50 and p99: from a device handing its last chunk to the

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from petalfl.errors import PetalError
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 _PR_SET_PDEATHSIG = 1
 
