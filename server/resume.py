@@ -40,13 +40,15 @@ def round_from_journal(
 ) -> Round:
     """A round as the state knows it; whoever is at work has time until ``deadline_s``."""
     since = 0 if config.is_async else round_num
+    # Of every block its next version, with as much of a server optimizer, which has two moments.
+    reserve_bytes = 3 * 4 * sum(block.size for block in shared.blocks.values())
     found = Round(
         round_num, shared.versions, shared.blocks, aggregator,
         weigh=parse_weighting(config.weighting),
         max_staleness=config.max_staleness if config.is_async else 0,
         max_norm=config.max_update_norm,
         is_deterministic=config.is_deterministic,
-        new_keep=lambda: Spill(state.folder, state.mapped_payload).keep,
+        new_keep=lambda: Spill(state.folder, state.mapped_payload, reserve_bytes).keep,
     )  # fmt: skip
     for device, assignment in state.newest_tasks(since).items():
         found.assign(device, assignment, deadline_s)

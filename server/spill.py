@@ -8,6 +8,7 @@ there, and updates of one device become one: these are written to unlinked files
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -40,12 +41,18 @@ class Spill:
     Args:
         folder: On a disk with room for what is written; nothing is left in it by a crash.
         find: An update_id to its payload in the journal, mapped for reading, if that can be had.
+        reserve_bytes: Of the disk, left to others: the files are gone with the step of their
+            block, and that must be able to write its version first.
     """
 
     def __init__(
-        self, folder: Path, find: Callable[[bytes], memoryview | None] = lambda update_id: None
+        self,
+        folder: Path,
+        find: Callable[[bytes], memoryview | None] = lambda update_id: None,
+        reserve_bytes: int = 0,
     ) -> None:
         self._folder = folder
+        self._reserve_bytes = reserve_bytes
         self._find = find
         self._descriptor = -1
         self._map: mmap.mmap | None = None
@@ -77,6 +84,7 @@ class Spill:
 
     def _write(self, array: NDArray[Any]) -> NDArray[Any]:
         data = np.ascontiguousarray(array).data.cast("B")
+        self._check_room(len(data))
         if self._map is None or self._end + len(data) > len(self._map):
             self._open(max(FILE_BYTES, len(data)))
         assert self._map is not None
@@ -86,6 +94,12 @@ class Spill:
             data, offset = data[written:], offset + written
         self._end = -(-offset // LINE) * LINE
         return np.frombuffer(self._map, array.dtype, array.size, start)
+
+    def _check_room(self, num_bytes: int) -> None:
+        disk = os.statvfs(self._folder)
+        if disk.f_bavail * disk.f_frsize < num_bytes + self._reserve_bytes:
+            why = f"{os.strerror(errno.ENOSPC)} beside {self._reserve_bytes} bytes for versions"
+            raise OSError(errno.ENOSPC, why)
 
     def _open(self, num_bytes: int) -> None:
         descriptor, name = tempfile.mkstemp(dir=self._folder)

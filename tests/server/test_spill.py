@@ -10,6 +10,7 @@ import tracemalloc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,19 @@ from server.aggregators import AGGREGATORS, parse_aggregator
 from server.buffers import Buffer, Keep, in_memory
 from server.reducer.rules import tiles
 from server.spill import Spill
+from server.state import ServerState
 from tests.server.aggregators.builders import vector_block
-from tests.server.builders import LAYOUT, Layout, Run, Site, make_id, make_report, settle
+from tests.server.builders import (
+    LAYOUT,
+    SIZES,
+    Layout,
+    Run,
+    Site,
+    make_id,
+    make_report,
+    make_update,
+    settle,
+)
 from tests.server.reducer.rules.builders import CODECS, encoded, mixed
 from tests.server.test_buffers import TEXTS
 
@@ -125,6 +137,24 @@ def test_on_a_full_disk_a_delta_stays_in_memory(
     assert f"an update stays in memory, {tmp_path} does not take it" in caplog.text
     np.testing.assert_array_equal(spilled.keep(delta).decode(), delta.decode())
     assert Spill(tmp_path / "gone").keep(delta) is delta
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_versions_have_room_beside_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    has_room: bool,
+) -> None:  # fmt: skip
+    """Of every block the next, with two moments; else an update stays in memory, and counts."""
+    monkeypatch.setattr(ServerState, "mapped_payload", lambda state, update_id: None)
+    num_bytes = 3 * 4 * sum(SIZES.values()) + 4 * SIZES["head"] - (not has_room)
+    disk = SimpleNamespace(f_bavail=num_bytes, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda folder: disk)
+    with Site(tmp_path).run(aggregator="median", min_devices=1, ready=["watch"]) as run:
+        assert run.federation.on_update(make_update("watch", "head", 1.0)).status == "accepted"
+        assert ("No space left on device beside" in caplog.text) == (not has_room)
+        run.federation.on_report("watch", make_report("watch"))
+        await settle()
+        assert run.federation.shared.versions["head"] == 2
 
 
 # Buffers
