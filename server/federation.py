@@ -230,7 +230,7 @@ class Federation:
     def on_excuse(self, device: str, excuse: wire.Excuse) -> None:
         """Waits for the device no longer than for those that do report."""
         if self.round is not None and self.round.excuse(device, excuse.round_num):
-            log.info("round %d: device %s leaves it out", self.round_num, device)
+            log.debug("round %d: device %s leaves it out", self.round_num, device)
             self._advance_soon()
 
     async def commit(self) -> None:

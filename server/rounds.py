@@ -140,12 +140,14 @@ class Round:
         self.reports.pop(device, None)
 
     def excuse(self, device: str, round_num: int) -> bool:
-        """Whether a device is at work on that task, which it leaves out.
+        """Whether a device is at work on that task, which it leaves out from now on.
 
         It keeps its deadline: where nobody has reported, a round that closed at once would be
         followed by others like it.
         """
         if not self.is_open(device) or self.cohort[device].round_num != round_num:
+            return False
+        if device in self._excused:
             return False
         self._excused.add(device)
         return True

@@ -276,8 +276,9 @@ def test_an_excused_device_is_not_waited_for_once_another_has_reported() -> None
     assert target.refuse("both", update("both", "head")) is None, "what it sends counts as before"
     target.expect("both")
     assert not target.is_complete(2), "it has its task again"
-    target.excuse("both", ROUND)
+    assert target.excuse("both", ROUND)
     assert target.is_complete(2)
+    assert not target.excuse("both", ROUND), "it has said so"
 
 
 def test_a_round_that_all_leave_out_waits_for_its_deadline() -> None:

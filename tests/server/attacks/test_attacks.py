@@ -251,6 +251,21 @@ async def test_what_would_not_count_is_refused_before_it_is_sent(victim: Victim)
         assert receipt.status == "rejected" and receipt.update_id == UPDATE.update_id
 
 
+async def test_excuses_without_end_neither_fill_the_log_nor_keep_the_round_busy(
+    victim: Victim, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with a word between them that it is ready after all."""
+    caplog.set_level("INFO")
+    advances: list[int] = []
+    monkeypatch.setattr(victim.run.federation, "_advance_soon", lambda: advances.append(1))
+    for i in range(100):
+        victim.receive(f"req/{MEMBER}", wire.Excuse(1))
+        assert len(advances) == 1 + i // 50
+        if i == 49:
+            victim.receive(f"req/{MEMBER}", READY)
+    assert caplog.records == []
+
+
 # Who is throttled or cut off, and the rounds to come
 
 
