@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 
 from petalfl.errors import PetalError
@@ -88,6 +90,8 @@ def draw_curves(setting: Setting, path: Path) -> None:
     )
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     which = {"macro_f1": 1, "accuracy": 2}[setting.metric]
+    color_of = {s: matplotlib.colormaps["tab20"](n) for n, s in enumerate(setting.schemes())}
+    drawn: dict[str, matplotlib.lines.Line2D] = {}
     for axes, (regime, missing) in zip(panels, columns, strict=True):
         for scheme in setting.schemes():
             lines = setting.of(scheme, regime, missing).values()
@@ -96,12 +100,13 @@ def draw_curves(setting: Setting, path: Path) -> None:
             rounds = [point[0] for point in next(iter(lines))["curve"]]
             scores = 100 * np.array([[point[which] for point in x["curve"]] for x in lines])
             mean, spread = scores.mean(axis=0), scores.std(axis=0)
-            axes.plot(rounds, mean, label=scheme)
-            axes.fill_between(rounds, mean - spread, mean + spread, alpha=0.15)
+            color = color_of[scheme]
+            (drawn[scheme],) = axes.plot(rounds, mean, label=scheme, color=color)
+            axes.fill_between(rounds, mean - spread, mean + spread, alpha=0.15, color=color)
         axes.set(title=f"{regime}, {missing}", xlabel="rounds", ylim=(0, 100))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{setting.metric}, points")
-    panels[-1].legend(loc="lower right", fontsize=7)
+    figure.legend(handles=[*drawn.values()], loc="outside right upper", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 

@@ -150,7 +150,7 @@ def unseen_table(setting: Setting) -> str:
         for scheme in setting.schemes():
             lines = [x for x in setting.of(scheme, regime, missing).values() if x["unseen"]]
             for kind in lines[0]["unseen"] if lines else ():
-                rounds = rounds or list(lines[0]["unseen"][kind])
+                rounds = rounds or sorted(lines[0]["unseen"][kind], key=int)
                 values = [
                     mean_and_spread([100 * x["unseen"][kind][n][setting.metric] for x in lines])
                     for n in rounds

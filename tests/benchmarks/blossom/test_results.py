@@ -37,7 +37,7 @@ def line(scheme: str = "fm", seed: int = 0, f1: float = 0.5, **changes: Any) -> 
         "finished": scores,
         "curve": [[n, f1 - 0.1, f1] for n in range(11)],
         "devices": {"d": device},
-        "unseen": {"acc": dict.fromkeys(("0", "1", "3", "10"), scores)},
+        "unseen": {"acc": dict.fromkeys(("0", "1", "10", "3"), scores)},  # as they are read again
         "seconds": 12.5,
         "seconds_in_rounds": 10.0,
         "machine": {"cpu": "a processor", "cores": 2, "load": 1.5},
@@ -96,6 +96,7 @@ def test_the_page(tmp_path: Path) -> None:
     )
     assert "| phf – local | exclusive, mask | +10.0 (1) |" in text
     assert "| `fm` | exclusive, mask | acc | 60.0 ± 10.0 |" in text
+    assert "| modalities | day one | 1 local round | 3 local rounds | 10 local rounds |" in text
     assert "| `phf` | exclusive, mask | 2.00 | 70.0 | 35.00 |" in text
     assert "| `local` | exclusive, mask | 0.00 | 50.0 | – |" in text
     assert "a processor, 2 cores; load average 1.5 to 1.5" in text
