@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.faulty_device import faulty_device, read_to_the_end, read_until
 from tests.integration.harness import SCHEME, Server, assert_counted_once, running_server
-from tests.integration.lossy import lossy_proxy
+from tests.integration.lossy import LossyProxy, lossy_proxy
 from tests.mosquitto import free_port, missing_mosquitto, mosquitto
 
 MISSING = missing_mosquitto()
@@ -92,18 +95,27 @@ def test_mosquitto_restarts_amid_an_upload(
 # The HTTP server, while the broker is there
 
 
-def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_path: Path) -> None:
-    """The device tries again, however long it takes; here it is seconds."""
-    arguments = (*ALONE, "--rounds", "2")
+@contextmanager
+def gone_after_round_1(
+    artifacts: Path, folder: Path, **options: Any
+) -> Iterator[tuple[Server, LossyProxy, subprocess.Popen[str]]]:
+    """A federation of one device and two rounds, whose HTTP server vanishes behind its proxy."""
     with ExitStack() as stack:
         server = stack.enter_context(
-            running_server(watch_artifacts, tmp_path / "server", *arguments)
+            running_server(artifacts, folder / "server", *ALONE, "--rounds", "2")
         )
         http = stack.enter_context(lossy_proxy(port_of(server.url)))
         url = f"http://127.0.0.1:{http.port}"
-        process = stack.enter_context(faulty_device(url, server.token, tmp_path / "store"))
+        device = faulty_device(url, server.token, folder / "store", **options)
+        process = stack.enter_context(device)
         read_until(process, "round 1")
         http.vanish()
+        yield server, http, process
+
+
+def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_path: Path) -> None:
+    """The device tries again, however long it takes; here it is seconds."""
+    with gone_after_round_1(watch_artifacts, tmp_path) as (server, http, process):
         for _ in range(5):
             read_until(process, "error TransportError: no blocks yet")
         http.start()
@@ -113,18 +125,7 @@ def test_the_http_server_is_gone_when_a_round_begins(watch_artifacts: Path, tmp_
 
 def test_the_http_server_is_gone_for_a_minute(watch_artifacts: Path, tmp_path: Path) -> None:
     """A real one, with the back-off that an app has; MQTT stays."""
-    arguments = (*ALONE, "--rounds", "2")
-    with ExitStack() as stack:
-        server = stack.enter_context(
-            running_server(watch_artifacts, tmp_path / "server", *arguments)
-        )
-        http = stack.enter_context(lossy_proxy(port_of(server.url)))
-        url = f"http://127.0.0.1:{http.port}"
-        process = stack.enter_context(
-            faulty_device(url, server.token, tmp_path / "store", is_quick=False)
-        )
-        read_until(process, "round 1")
-        http.vanish()
+    with gone_after_round_1(watch_artifacts, tmp_path, is_quick=False) as (server, http, process):
         gone_s = time.monotonic()
         read_until(process, "error TransportError: no blocks yet")
         while time.monotonic() < gone_s + 60:
