@@ -119,7 +119,10 @@ async function main() {
 
   /** Says goodbye, if the broker is there to hear it, and exits. */
   async function leave(status) {
-    const goodbye = publish(topics.status, offline, true).then(() => mqtt.endAsync());
+    const goodbye = publish(topics.status, offline, true).then(() => {
+      mqtt.off("error", complain).on("error", () => {}); // heard: now the broker may hang up
+      return mqtt.endAsync();
+    });
     await Promise.race([goodbye, sleep(2000)]);
     process.exit(status);
   }

@@ -362,6 +362,31 @@ async def test_a_killed_device_goes_on(watch_artifacts: Path, tmp_path: Path) ->
         assert server.get("status")["updates_accepted"] == rounds * 4
 
 
+RESETS = """
+import net from "node:net";
+const write = net.Socket.prototype.write;
+net.Socket.prototype.write = function (data, ...rest) {
+  const isDisconnect = data[0] === 0xe0 && data.length === 1; // its length follows alone
+  if (!isDisconnect) return write.call(this, data, ...rest);
+  this.destroy(Object.assign(new Error("read ECONNRESET"), { code: "ECONNRESET" }));
+  return false;
+};
+"""
+
+
+def test_a_broker_that_hangs_up_after_the_goodbye_is_no_trouble(
+    watch_artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of DISCONNECT, the reset that a broker makes that closes first."""
+    (tmp_path / "resets.mjs").write_text(RESETS)
+    monkeypatch.setenv("NODE_OPTIONS", f"--import={(tmp_path / 'resets.mjs').as_uri()}")
+    alone = ("--scheme", "phf", "--rounds", "1", "--min-devices", "1")
+    with running_server(watch_artifacts, tmp_path / "server", *alone) as server:
+        code, out, errors = end(start(server, three_devices()[2], tmp_path))
+    assert (code, errors) == (0, "")
+    assert out.startswith("round 1:")
+
+
 def test_what_goes_wrong_is_one_line(watch_artifacts: Path, tmp_path: Path) -> None:
     member = three_devices()[2]
     with running_server(watch_artifacts, tmp_path / "server", *SCHEME) as server:
