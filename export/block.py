@@ -20,6 +20,7 @@ class TaskSpec(NamedTuple):
     loss: str
     weight: float = 1.0
     class_names: tuple[str, ...] = ()
+    personalizes: str | None = None  # the task of the head that a personal one stands beside
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from petalfl.errors import ModelError
@@ -33,7 +34,8 @@ def merge(
     Args:
         artifacts: The folder that the model was exported to.
         to: ``model.pt`` (or ``.pth``) for the ``state_dict`` of the class that was exported, or
-            ``model.onnx`` for one inference graph: inputs by modality, outputs by task.
+            ``model.onnx`` for one inference graph: inputs by modality, outputs by task. Personal
+            heads are in it with ``private`` alone, and of a model that was cut not in the former.
         weights: A server's data folder, or the URL of a running server.
         token: Its join token, with a URL.
         federation: Its name on that server.
@@ -60,6 +62,9 @@ def merge(
         merged |= store_weights(Path(private), manifest, merged)
     vectors = {name: value.vector for name, value in merged.items()}
     if to.suffix == ".onnx":
+        if private is None:  # a personal head says nothing before a device has trained it
+            kept = tuple(block for block in manifest.blocks if not block.is_personal)
+            manifest = replace(manifest, blocks=kept)
         data = compose(artifacts, manifest, vectors, wanted).SerializeToString(deterministic=True)
     else:
         data = to_file(join_state(artifacts, manifest, vectors))

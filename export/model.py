@@ -23,6 +23,7 @@ from .checks import (
     training_layers,
 )
 from .layout import lay_out, make_tasks, named
+from .personal import check_silent, personal_twin
 
 __all__ = ["LOSSES", "BlockModel", "BlockSpec", "TaskSpec", "Value", "flatten", "unflatten"]
 
@@ -51,13 +52,18 @@ class BlockModel(nn.Module):
         frozen_blocks: These keep their parameters and stay in evaluation mode.
         private_blocks: The default sharing policy: blocks that never leave a device. None means
             the fusion and the heads.
+        personal_head: With a second, private head beside each one, which learns the same task;
+            on a device, predictions are the mean of both. It begins as a copy whose outputs are 0,
+            so that it says nothing before it is trained. Nothing else is private by default then.
+            The idea is FedRoD's (Chen and Chao 2022, arXiv:2107.00778).
         missing: "mask" is as above; with "zero", there is no argument ``present``.
         num_values: By int64 modality: its values lie in ``[0, num_values)``.
         dynamic_axes: By modality: the axes, from 1, whose length may vary between batches, with
             the shortest and the longest length, as in ``{"words": {1: (4, 64)}}``.
 
     Attributes:
-        tasks: By task; that of a single head given as a module is called "head".
+        tasks: By task; that of a single head given as a module is called "head". Those of
+            personal heads are not among them.
         example_values: By modality and block: what it gives on the examples, in evaluation mode.
 
     Raises:
@@ -77,6 +83,7 @@ class BlockModel(nn.Module):
         class_names: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
         frozen_blocks: Collection[str] = (),
         private_blocks: tuple[str, ...] | None = None,
+        personal_head: bool = False,
         missing: Literal["mask", "zero"] = "mask",
         num_values: Mapping[str, int] | None = None,
         dynamic_axes: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
@@ -102,7 +109,8 @@ class BlockModel(nn.Module):
         check_known("frozen_blocks", frozen_blocks, names)
         check_blocks(self._blocks, encoders, frozen_blocks)
         if private_blocks is None:
-            private_blocks = tuple(b.name for b in self._blocks if b.kind != "encoder")
+            kept = () if personal_head else ("fusion", "head")
+            private_blocks = tuple(b.name for b in self._blocks if b.kind in kept)
         check_known("private_blocks", private_blocks, names)
         self.private_blocks = tuple(private_blocks)
 
@@ -114,6 +122,19 @@ class BlockModel(nn.Module):
                 block.module.requires_grad_(False).eval()
         self.example_values = self._run_examples()
         self._cut_from: tuple[nn.Module, ...] = ()  # in a tuple: no submodule of this one
+        if personal_head:
+            self._add_personal_heads()
+
+    def _add_personal_heads(self) -> None:
+        """Behind the heads; a module that this one was cut from has them not."""
+        personal = tuple(personal_twin(b) for b in self._blocks if b.kind == "head")
+        modules = {block.state_prefix.split(".")[1]: block.module for block in personal}
+        self.personal_heads: nn.ModuleDict = _registered("task", modules)
+        self._blocks += personal
+        self.private_blocks += tuple(block.name for block in personal)
+        self.example_values = self._run_examples()
+        for block in personal:
+            check_silent(block, self.example_values[block.name])
 
     @classmethod
     def cut(
@@ -124,6 +145,7 @@ class BlockModel(nn.Module):
         head: str | Mapping[str, str],
         fusion: str | None = None,
         call: Callable[[Any, dict[str, Tensor]], Any] = lambda module, inputs: module(**inputs),
+        personal_head: bool = False,
         **options: Any,
     ) -> BlockModel:
         """Cuts a module of the user's own into blocks: strings are paths of its submodules.
@@ -134,6 +156,7 @@ class BlockModel(nn.Module):
         Args:
             call: Runs the module on all modalities; several heads' outputs as a dict by task, or
                 a tuple in the order of ``head``.
+            personal_head: As of `BlockModel`; the module knows nothing of it.
             options: As of `BlockModel`, among them ``name`` and ``examples``.
 
         Raises:
@@ -161,6 +184,8 @@ class BlockModel(nn.Module):
         )
         _check_cut(model, module, call)
         model._cut_from = (module,)
+        if personal_head:
+            model._add_personal_heads()
         return model
 
     def whole(self) -> nn.Module:
@@ -186,35 +211,48 @@ class BlockModel(nn.Module):
         example's. This is the reference that the exported blocks, chained, must equal.
 
         Returns:
-            The head's output ``(b, ...)``; of several heads, a dict by task.
+            The head's output ``(b, ...)``; of several heads, a dict by task, in which a personal
+            head goes by what follows ``head-`` in its name.
 
         Raises:
             ModelError: None of the modalities, an unknown one, or a block fails.
         """
         values = self._run(inputs)
-        heads = [values[block.name] for block in self._blocks if block.kind == "head"]
-        return heads[0] if len(heads) == 1 else dict(zip(self.tasks, heads, strict=True))
+        outputs = {key: values[block.name] for key, _, block in self._heads()}
+        return outputs if len(outputs) > 1 else next(iter(outputs.values()))
+
+    def _heads(self) -> Iterator[tuple[str, str, BlockSpec]]:
+        """What `forward` calls a head's output, the task whose labels it learns, and the head."""
+        heads = [block for block in self._blocks if block.kind == "head"]
+        tasks = dict(zip((block.name for block in heads), self.tasks, strict=False))
+        for block in heads:
+            if block.name in tasks:
+                yield tasks[block.name], tasks[block.name], block
+            else:
+                task = tasks[block.name.removesuffix("-personal")]
+                yield block.name.removeprefix("head-"), task, block
 
     def losses(self, outputs: ByTask, labels: ByTask) -> dict[str, Tensor]:
-        """The mean losses, unweighted, by task; tasks without labels are left out.
+        """The mean losses, unweighted, as `forward` names heads; without labels, none.
 
         Args:
             outputs: As `forward` returns them.
-            labels: In the same form: int64 ``(b,)`` for cross_entropy, else float32, shaped as
-                the outputs.
+            labels: Of the one task, or by task: int64 ``(b,)`` for cross_entropy, else float32,
+                shaped as the outputs.
         """
         outputs, labels = self._by_task(outputs), self._by_task(labels)
         check_known("labels", labels, self.tasks)
         return {
-            task: LOSSES[spec.loss](outputs[task], labels[task])
-            for task, spec in self.tasks.items()
+            key: LOSSES[self.tasks[task].loss](outputs[key], labels[task])
+            for key, task, _ in self._heads()
             if task in labels
         }
 
     def loss(self, outputs: ByTask, labels: ByTask) -> Tensor:
-        """What is minimized: the weighted sum over the tasks' losses."""
+        """What is minimized: the weighted sum over the heads' losses."""
         losses = self.losses(outputs, labels)
-        return torch.stack([self.tasks[task].weight * loss for task, loss in losses.items()]).sum()
+        weights = {key: self.tasks[task].weight for key, task, _ in self._heads()}
+        return torch.stack([weights[key] * loss for key, loss in losses.items()]).sum()
 
     def _by_task(self, value: ByTask) -> Mapping[str, Tensor]:
         return dict.fromkeys(self.tasks, value) if isinstance(value, Tensor) else value

@@ -60,7 +60,7 @@ def join_state(
     tensors = {
         (block.name, name): tensor
         for block in manifest.blocks
-        for name, tensor in _cut(manifest, block.name, vectors[block.name]).items()
+        for name, tensor in state_of(manifest, block.name, vectors[block.name]).items()
     }
     try:
         state = torch.load(io.BytesIO(data), weights_only=True)
@@ -70,7 +70,8 @@ def join_state(
         raise ModelError(f"{manifest.state.path} cannot be read: {reason}"[:500]) from error
     placed = {v for v in state.values() if isinstance(v, tuple)}
     for block, name in tensors.keys() - placed:
-        if not manifest.block(block).is_frozen:  # of which two may be one module
+        is_foreign = manifest.block(block).is_personal  # to a module that was cut
+        if not manifest.block(block).is_frozen and not is_foreign:  # of which two may be one module
             raise ModelError(
                 f"block {block}: {name} is not in the state_dict of the class that was exported, "
                 "as if a hook replaced it"
@@ -85,7 +86,8 @@ def to_file(state: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _cut(manifest: ModelManifest, name: str, vector: Vector) -> dict[str, Tensor]:
+def state_of(manifest: ModelManifest, name: str, vector: Vector) -> dict[str, Tensor]:
+    """A block's tensors by name, cut out of its vector."""
     tensors = manifest.block(name).tensors
     starts = itertools.accumulate((t.size for t in tensors), initial=0)
     return {

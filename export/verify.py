@@ -15,7 +15,7 @@ from .inspection import files
 from .law import COINCIDENCE, NUM_TRIES, Errors, worst_errors
 from .model import BlockModel
 from .rewrites import statistics_of
-from .state import join_state
+from .state import join_state, state_of
 from .weights import Progress, initial_weights
 
 
@@ -106,6 +106,11 @@ def load_values(model: BlockModel, folder: Path, manifest: ModelManifest) -> Non
         raise ModelError(
             f"the model does not fit the artifacts: {' '.join(lines)}"[:500]
         ) from error
+    for spec in model.blocks():
+        if manifest.block(spec.name).is_personal:  # not in the state of a module that was cut
+            spec.module.load_state_dict(
+                state_of(manifest, spec.name, vectors[spec.name]), strict=False
+            )
 
 
 def _layout(spec: BlockSpec) -> dict[str, tuple[int, ...]]:

@@ -260,7 +260,8 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
 
     ``fm`` (full-model) shares all, ``ph`` (private-head) keeps the heads, ``phf``
     (private-head-fusion) keeps heads and fusion, ``local`` shares nothing; the empty string is
-    the manifest's own default. Frozen blocks are not among them: they are nobody's to keep.
+    the manifest's own default. Personal heads always stay. Frozen blocks are not among them:
+    they are nobody's to keep.
 
     Raises:
         ConfigError: There is no such scheme.
@@ -281,7 +282,10 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
         block.name
         for block in manifest.blocks
         if not block.is_frozen
-        and (block.kind in kept[short] if short else block.name in manifest.private_blocks)
+        and (
+            block.is_personal
+            or (block.kind in kept[short] if short else block.name in manifest.private_blocks)
+        )
     )
 
 
@@ -300,7 +304,8 @@ def _private(settings: Settings, manifest: ModelManifest) -> tuple[str, ...]:
             f"{_label('private_blocks', settings)}: {unknown[0]!r} is no block of the model that "
             f"trains; those are {', '.join(trainable)}"
         )
-    return tuple(name for name in trainable if name in listed)
+    personal = {head.name for head in manifest.personal_heads.values()}
+    return tuple(name for name in trainable if name in {*listed, *personal})
 
 
 def _private_tensors(settings: Settings, shared: Sequence[Block]) -> tuple[str, ...]:

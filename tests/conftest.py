@@ -63,6 +63,12 @@ def wider_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def personal_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of `tests.export.tiny:personal`: as ``small_artifacts``, with a second head."""
+    return made_once(tmp_path_factory, "personal")
+
+
+@pytest.fixture(scope="session")
 def several_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of `tests.petalfl.torch_models:several`: modalities motion and text."""
     return made_once(tmp_path_factory, "several")

@@ -15,6 +15,7 @@ MODELS = {
     "watch": "export.models.har:watch",
     "small": "tests.export.tiny:small",
     "wider": "tests.export.tiny:wider",
+    "personal": "tests.export.tiny:personal",
     "several": "tests.petalfl.torch_models:several",
 }
 

@@ -89,14 +89,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         os.environ.setdefault(name, "1")  # of the cells' processes
 
     def artifacts_of(cell: Cell) -> Path:
-        has_own_head = SCHEMES[cell.scheme].has_own_head
+        has_personal_head = SCHEMES[cell.scheme].has_personal_head
         wanted = (cell.dataset, cell.missing, cell.seed)
-        folder, is_there = find(options.cache, *wanted, has_own_head)
+        folder, is_there = find(options.cache, *wanted, has_personal_head)
         if is_there:
             return folder
         from .models import prepare  # which takes seconds to import torch
 
-        return prepare(*wanted, options.cache, has_own_head, console.print)
+        return prepare(*wanted, options.cache, has_personal_head, console.print)
 
     with _Bar(len(cells), len(cells) - len(missing), console) as bar:
         num_failed = run_cells(missing, artifacts_of, options.jobs, results.append, bar)

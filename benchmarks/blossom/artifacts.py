@@ -13,10 +13,10 @@ from petalfl.vectors import Vector, to_bytes
 
 
 def find(
-    cache: Path, dataset: str, missing: str, seed: int, has_own_head: bool = False
+    cache: Path, dataset: str, missing: str, seed: int, has_personal_head: bool = False
 ) -> tuple[Path, bool]:
     """Where a data set's artifacts lie in a folder of them, and whether they are there."""
-    folder = cache / f"{dataset}-{missing}{'-two' * has_own_head}-{seed}"
+    folder = cache / f"{dataset}-{missing}{'-two' * has_personal_head}-{seed}"
     return folder, (folder / MANIFEST_NAME).exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import shutil
 import tempfile
@@ -65,38 +64,27 @@ class ZeroFilled(nn.Module):
         return fused
 
 
-def build(dataset: str, missing: str, seed: int, has_own_head: bool = False) -> BlockModel:
+def build(dataset: str, missing: str, seed: int, has_personal_head: bool = False) -> BlockModel:
     """A data set's model; whatever the variant, a seed begins with the same values.
 
     Args:
-        has_own_head: With a second head for the same task, which is private and the only private
-            block. All its outputs begin as zero: its probabilities are equal until it is trained.
+        has_personal_head: With a personal head, the only private block.
     """
     about = find_dataset(dataset)
     module, _, factory = about.model.partition(":")
     model: BlockModel = getattr(importlib.import_module(module), factory)(seed)
-    fusion, heads = model.fusion, {"shared": model.head}
+    fusion = model.fusion
     assert fusion is not None
-    if has_own_head:
-        heads["own"] = _silent(copy.deepcopy(model.head))
     return BlockModel(
-        name=f"{model.name}{'-zero' * (missing == 'zero')}{'-two' * has_own_head}",
+        name=f"{model.name}{'-zero' * (missing == 'zero')}{'-two' * has_personal_head}",
         encoders=dict(model.encoders.items()),
         fusion=ZeroFilled(fusion) if missing == "zero" else fusion,
-        head=heads if has_own_head else model.head,
+        head=model.head,
         examples=model.examples,
-        class_names=dict.fromkeys(heads, about.class_names) if has_own_head else about.class_names,
-        private_blocks=("head-own",) if has_own_head else None,
+        class_names=about.class_names,
+        personal_head=has_personal_head,
         missing="zero" if missing == "zero" else "mask",
     )
-
-
-def _silent(head: nn.Module) -> nn.Module:
-    """With a last layer of zeros."""
-    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return head
 
 
 def prepare(
@@ -104,23 +92,23 @@ def prepare(
     missing: str,
     seed: int,
     cache: Path,
-    has_own_head: bool = False,
+    has_personal_head: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Path:
     """The artifacts of a data set's model with the initial values of a seed.
 
     The graphs are exported once and kept in ``cache``; other seeds only replace the values.
     """
-    folder, is_there = find(cache, dataset, missing, seed, has_own_head)
+    folder, is_there = find(cache, dataset, missing, seed, has_personal_head)
     if is_there:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     if seed == 0:
-        progress(f"exporting the model of {dataset}, {missing}{', two heads' * has_own_head}")
-        export_model(build(dataset, missing, seed, has_own_head), folder)
+        progress(f"exporting the model of {dataset}, {missing}{', two heads' * has_personal_head}")
+        export_model(build(dataset, missing, seed, has_personal_head), folder)
         return folder
-    graphs = prepare(dataset, missing, 0, cache, has_own_head, progress)
-    state = build(dataset, missing, seed, has_own_head).state_dict()
+    graphs = prepare(dataset, missing, 0, cache, has_personal_head, progress)
+    state = build(dataset, missing, seed, has_personal_head).state_dict()
     vectors = {
         block.name: torch.cat(
             [state[block.state_prefix + tensor.name].flatten() for tensor in block.tensors]

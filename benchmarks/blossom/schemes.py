@@ -22,7 +22,7 @@ from petalfl.training import Hyperparameters
 from petalfl.vectors import Vector
 
 from .examples import Examples, hold_out
-from .simulation import predict_proba, train_alone
+from .simulation import train_alone
 
 PROXIMAL_MU = 0.1
 CANDIDATE_EPOCHS = (0, 1, 3, 10)
@@ -97,8 +97,7 @@ class Scheme:
             with one of them, drawn anew.
         held_out: The share of its training examples that a device keeps out of the rounds.
         personalize: What it does after the last round.
-        has_own_head: The model has a second head, which is private; probabilities are the mean
-            of both heads'.
+        has_personal_head: The model has one.
         has_scaffold: Control variates take the drift out of the shared blocks' steps.
     """
 
@@ -110,7 +109,7 @@ class Scheme:
     warm_up: float = 0.0
     modality_dropout: float = 0.0
     held_out: float = 0.0
-    has_own_head: bool = False
+    has_personal_head: bool = False
     has_scaffold: bool = False
 
 
@@ -174,7 +173,7 @@ def _mixed(
 
 def _loss(model: LocalModel, examples: Examples) -> float:
     """Mean cross-entropy: smoother than a metric on few examples."""
-    probabilities = predict_proba(model, examples)
+    probabilities = model.predict_proba(examples.inputs)
     of_truth = probabilities[np.arange(len(examples)), examples.labels]
     return float(-np.log(np.maximum(of_truth, 1e-9)).mean())
 
@@ -216,8 +215,8 @@ SCHEMES: dict[str, Scheme] = {
         "fm", fine_tune, "momentum:0.5", modality_dropout=0.5,
     ),
     "two-heads": Scheme(
-        "all shared, and a second head that is private; probabilities are the mean of both",
-        "", fine_tune, "momentum:0.5", has_own_head=True,
+        "all shared, and a personal head beside the shared one; probabilities are the mean of both",
+        "", fine_tune, "momentum:0.5", has_personal_head=True,
     ),
     "fm-scaffold": Scheme("SCAFFOLD's control variates", "fm", fine_tune, has_scaffold=True),
     "phf-scaffold": Scheme("SCAFFOLD's control variates", "phf", fine_tune, has_scaffold=True),

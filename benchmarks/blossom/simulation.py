@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from petalfl import topics, wire
 from petalfl.budgets import Budgets
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
+from petalfl.data import check_labels
 from petalfl.errors import PetalError
 from petalfl.inbox import Inbox
 from petalfl.local_data import ArrayData
@@ -108,13 +108,12 @@ class Device:
         self.trainer = Trainer(
             self._store, callbacks, Pacing(), Budgets(), num_threads=1, engine="auto"
         )
-        labels = labels_of(ModelManifest.load(artifacts), train)
-        self.trainer.data.hold(train.inputs, labels)
+        self.trainer.data.hold(train.inputs, train.labels)
         self.trainer.check_data()
 
     def replace_data(self, examples: Examples) -> None:
         """Trains on these from the next round on."""
-        self.trainer.replace_data(examples.inputs, labels_of(self.model.manifest, examples))
+        self.trainer.replace_data(examples.inputs, examples.labels)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -286,25 +285,13 @@ def train_alone(
     Args:
         shared: The blocks that ``proximal_mu`` pulls back to where they are now.
     """
-    data = ArrayData(dict(examples.inputs), labels_of(model.manifest, examples))
+    labels = check_labels(model.manifest, examples.labels, len(examples))
+    data = ArrayData(dict(examples.inputs), labels)
     result = train(
         model.engine, model.manifest, model.parameters, data, hyperparameters,
         rng, shared=shared,
     )  # fmt: skip
     return model.with_parameters(result.parameters)
-
-
-def predict_proba(model: LocalModel, examples: Examples) -> NDArray[np.float32]:
-    """``(n, classes)``: of a model with several heads, the mean of theirs."""
-    found = model.predict_proba(examples.inputs)
-    by_head = [*found.values()] if isinstance(found, dict) else [found]
-    mean: NDArray[np.float32] = np.mean(by_head, axis=0, dtype=np.float32)
-    return mean
-
-
-def labels_of(manifest: ModelManifest, examples: Examples) -> dict[str, NDArray[np.int64]]:
-    """By task: all heads of a model of the study learn the same."""
-    return dict.fromkeys(manifest.heads, examples.labels)
 
 
 def newest(federation: Federation, block: Block) -> Vector:

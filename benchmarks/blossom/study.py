@@ -32,7 +32,6 @@ from .simulation import (
     Device,
     Outcome,
     make_config,
-    predict_proba,
     run_federation,
     train_alone,
 )
@@ -362,7 +361,7 @@ def _known(model: LocalModel, examples: Examples) -> list[str]:
 
 
 def _probabilities(models: Sequence[LocalModel], test: Examples) -> NDArray[np.float32]:
-    found = [predict_proba(m, test.only(_known(m, test))) for m in models]
+    found = [m.predict_proba(test.only(_known(m, test)).inputs) for m in models]
     mean: NDArray[np.float32] = np.mean(found, axis=0, dtype=np.float32)
     return mean
 

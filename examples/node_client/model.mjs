@@ -27,18 +27,23 @@ export function parseManifest(data) {
   return manifest;
 }
 
-/** Heads by task. */
-export function headsOf(manifest) {
-  const heads = manifest.blocks.filter((block) => block.kind === "head");
-  return Object.fromEntries(heads.map((head) => [head.name.replace(/^head-/, ""), head]));
+/** The task whose labels a head learns: a personal one learns that of the head beside it. */
+export function labelTask(head) {
+  return head.task.personalizes ?? head.name.replace(/^head-/, "");
+}
+
+/** Heads by task, without personal ones. */
+function headsOf(manifest) {
+  const heads = manifest.blocks.filter((b) => b.kind === "head" && !b.task.personalizes);
+  return Object.fromEntries(heads.map((head) => [labelTask(head), head]));
 }
 
 /** The blocks of a device with these modalities and labels of these tasks, in order. */
 export function heldBlocks(manifest, modalities, tasks) {
-  const wanted = new Set(tasks.map((task) => headsOf(manifest)[task].name));
   const inReach = new Set(modalities); // and the encoders behind them
   return manifest.blocks.filter((block) => {
-    if (block.kind !== "encoder") return block.kind === "fusion" || wanted.has(block.name);
+    if (block.kind === "head") return tasks.includes(labelTask(block));
+    if (block.kind === "fusion") return true;
     return inReach.has(block.inputs[0]) && inReach.add(block.name);
   });
 }

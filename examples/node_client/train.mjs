@@ -1,7 +1,7 @@
 // One round of local training: docs/protocol.md, section 6.
 import { createHash } from "node:crypto";
 import { Tensor } from "onnxruntime-node";
-import { floats, headsOf, heldBlocks, sizeOf, toBytes, toVector, zeros } from "./model.mjs";
+import { floats, heldBlocks, labelTask, sizeOf, toBytes, toVector, zeros } from "./model.mjs";
 
 const HYPERPARAMETERS = new Set([
   "learning_rate", "momentum", "weight_decay", "batch_size", "epochs", "optimizer", "nesterov",
@@ -122,7 +122,6 @@ function drawMasks(held, batchSize, inputs, draws) {
 
 /** Loss, gradients by block and new running statistics by block, of one batch. */
 async function chainedStep(engine, manifest, held, parameters, inputs, labels, masks) {
-  const tasks = Object.fromEntries(Object.entries(headsOf(manifest)).map(([t, b]) => [b.name, t]));
   const values = { ...inputs };
   const [feeds, statistics, gradients, upstream] = [{}, {}, {}, {}];
   const reached = new Set();
@@ -142,7 +141,7 @@ async function chainedStep(engine, manifest, held, parameters, inputs, labels, m
   let loss = 0;
   for (const block of held.toReversed().filter((b) => reached.has(b.name))) {
     const feed = feeds[block.name];
-    feed.labels = labels[tasks[block.name]]; // of a head
+    if (block.kind === "head") feed.labels = labels[labelTask(block)];
     for (const { name } of block.kind === "head" ? [] : block.outputs) {
       feed[`d_${name}`] = upstream[name] ?? zeros(values[name].dims);
     }

@@ -71,8 +71,8 @@ class LocalModel:
 
         Returns:
             Of cross_entropy, of the classes ``(n, num_classes)``; of bce_with_logits, of each
-            label; of a regression, its values. By task for a model with several heads, else the
-            array.
+            label; of a regression, its values; with a personal head, the mean of both heads'. By
+            task for a model with several, else the array.
 
         Raises:
             DataError: The inputs do not fit, or are of a modality that the device lacks.
@@ -106,7 +106,13 @@ class LocalModel:
         if lacking := sorted(needed - self.parameters.keys()):
             raise DataError(f"this device has no parameters of {', '.join(lacking)} yet")
         outputs = predict_outputs(self.engine, self.manifest, self.parameters, arrays, heads)
-        return {task: (heads[task], _activate(heads[task], y)) for task, y in outputs.items()}
+        found = {task: (head, _activate(head, outputs[task])) for task, head in heads.items()}
+        for task, personal in self.manifest.personal_heads.items():
+            if personal in self.held:
+                head, shared = found[task]
+                own = _activate(head, outputs[personal.name.removeprefix("head-")])
+                found[task] = head, np.float32(0.5) * (shared + own)
+        return found
 
     def _by_task(self, results: dict[str, Any]) -> Any:
         """The mapping, or its one value where the model has one head."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,8 @@ Dim = Annotated[int, Limit(1, 1 << 24)]
 Shape = Annotated[tuple[Dim, ...], Limit(0, 8)]
 OpenShape = Annotated[tuple[Dim | None, ...], Limit(0, 8)]  # None: varies from batch to batch
 Text = Annotated[str, Limit(1, 256)]
+
+PERSONAL_LOSSES = ("cross_entropy", "bce_with_logits")  # those whose outputs are probabilities
 
 # What graphs call their other inputs and outputs.
 _RESERVED = frozenset({"parameters", "present", "labels", "loss", "gradient", "statistics"})
@@ -105,11 +107,15 @@ class Task:
         loss: A mean over the batch; labels are int64 ``(n,)`` for cross_entropy, else float32 of
             the shape of the head's output.
         weight: Of its loss in the sum over all heads.
+        personalizes: Of a personal head: the task of the head that it stands beside. It learns
+            that task's labels as well, never leaves its device, and predictions are the mean of
+            both heads' probabilities.
     """
 
     loss: Literal["cross_entropy", "bce_with_logits", "mse", "l1"]
     weight: Annotated[float, Limit(0.0, 1e6)] = 1.0
     class_names: Annotated[tuple[Text, ...], Limit(0, 1 << 20)] = ()
+    personalizes: Name | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +198,17 @@ class Block:
         """Whether it joins modalities, some of which a device may lack."""
         return self.kind == "fusion" or len(self.inputs) > 1
 
+    @property
+    def is_personal(self) -> bool:
+        """Whether it is a personal head, which stays on its device whatever is shared."""
+        return self.task is not None and self.task.personalizes is not None
+
+    @property
+    def label_task(self) -> str:
+        """Of a head: the task whose labels it learns."""
+        personalizes = self.task.personalizes if self.task else None
+        return personalizes or self.name.removeprefix("head-")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelManifest:
@@ -227,8 +244,16 @@ class ModelManifest:
 
     @property
     def heads(self) -> dict[str, Block]:
-        """By task: what follows ``head-`` in the block's name, or ``head`` where there is one."""
-        return {b.name.removeprefix("head-"): b for b in self.blocks if b.kind == "head"}
+        """By task: what follows ``head-`` in the block's name, or ``head`` where there is one.
+
+        Personal heads are not among them.
+        """
+        return {b.label_task: b for b in self.blocks if b.kind == "head" and not b.is_personal}
+
+    @property
+    def personal_heads(self) -> dict[str, Block]:
+        """By the task that they personalize."""
+        return {b.label_task: b for b in self.blocks if b.is_personal}
 
     def modality_of(self, encoder: Block) -> str:
         """The modality at the start of an encoder's chain."""
@@ -252,12 +277,11 @@ class ModelManifest:
         tasks = self.heads if tasks is None else tasks
         _check_known("modality", modalities, self.modalities)
         _check_known("task", tasks, self.heads)
-        foreign = {self.heads[task].name for task in self.heads.keys() - set(tasks)}
         return tuple(
             block
             for block in self.blocks
             if (block.kind != "encoder" or self.modality_of(block) in modalities)
-            and block.name not in foreign
+            and (block.kind != "head" or block.label_task in tasks)
         )
 
     @property
@@ -501,6 +525,24 @@ def _check_wiring(manifest: ModelManifest) -> None:
         fused = (block.name,) if block.kind == "fusion" else fused
     if len(manifest.heads) > 1 and "head" in {block.name for block in manifest.blocks}:
         raise ModelError("block head: expected head-TASK where there are several heads")
+    for block in manifest.blocks:
+        if block.is_personal:
+            _check_personal(block, manifest.heads)
+
+
+def _check_personal(block: Block, heads: Mapping[str, Block]) -> None:
+    """A personal head is as the one beside it, but for its values."""
+    head = heads.get(block.label_task)
+    if head is None or head.task is None or block.task is None:
+        raise ModelError(f"block {block.name}: it personalizes {block.label_task!r}, no task")
+    is_twin = replace(block.task, personalizes=None, weight=head.task.weight) == head.task
+    shapes = [[tensor.shape for tensor in one.outputs] for one in (block, head)]
+    if block.name != f"{head.name}-personal" or not is_twin or shapes[0] != shapes[1]:
+        raise ModelError(
+            f"block {block.name}: expected {head.name}-personal, with {head.name}'s task and output"
+        )
+    if head.task.loss not in PERSONAL_LOSSES:
+        raise ModelError(f"block {block.name}: a personal head cannot have loss {head.task.loss}")
 
 
 def _extended(encoder: Block, ends: dict[str, str]) -> str:

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     Attributes:
         loss: The tasks' losses, weighted and added.
-        losses: By task, each the mean over the batch, without its weight.
+        losses: By task, or as in `predict_outputs`; each the mean over the batch, unweighted.
         gradients: Of ``loss``, by block that trains: ``(block.num_trainable,)``.
         statistics: By block that has some: the running statistics after the step.
     """
@@ -51,7 +51,7 @@ def step_gradients(
 
     Args:
         inputs: By modality.
-        labels: By task; a head without labels is not run.
+        labels: By task; a head without labels is not run, and a personal one has its task's.
         masks: Of `draw_masks`.
         trained: Blocks that a gradient and new statistics are wanted of; None: of all.
     """
@@ -60,21 +60,20 @@ def step_gradients(
         trained = {block.name for block in held}
     reached = _reached(held, trained)
     values, feeds, statistics = _run_forward(engine, manifest, held, parameters, inputs, masks)
-    tasks = {head.name: task for task, head in manifest.heads.items()}
     upstream: dict[str, NDArray[np.float32]] = {}  # the gradient by tensor name
     losses, gradients, total = {}, {}, 0.0
     for block in reversed(held):
         feed = feeds.pop(block.name)  # what it saved is let go of when its turn is over
         if block.name not in reached:
             continue
-        if block.name in tasks:
-            feed["labels"] = labels[tasks[block.name]]
+        if block.kind == "head":
+            feed["labels"] = labels[block.label_task]
         else:
             feed |= _upstream_of(block, upstream, values)
         back = engine.backward(block, parameters[block.name], feed)
         weight = block.task.weight if block.task else 1.0
         if back.loss is not None:
-            losses[tasks[block.name]] = back.loss
+            losses[block.name.removeprefix("head-")] = back.loss
             total += weight * back.loss
         if back.parameters is not None and block.name in trained:
             gradients[block.name] = _times(weight, back.parameters)
@@ -93,14 +92,19 @@ def predict_outputs(
     inputs: Arrays,
     tasks: Collection[str] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """What the heads put out for the modalities in ``inputs``, by task; in inference."""
+    """What the heads put out for the modalities in ``inputs``, in inference.
+
+    By task; of a personal head, by what follows ``head-`` in its name.
+    """
     held = manifest.blocks_for(inputs, tasks)
     values = dict(inputs)
     for block in held:
         feed = _feed(manifest, block, values, {})
         values.update(engine.evaluate(block, parameters[block.name], feed))
     return {
-        task: values[head.outputs[0].name] for task, head in manifest.heads.items() if head in held
+        head.name.removeprefix("head-"): values[head.outputs[0].name]
+        for head in held
+        if head.kind == "head"
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.model import BlockModel, flatten, unflatten
+from export.model import BlockModel, TaskSpec, flatten, unflatten
 from petalfl.errors import ModelError
 
 
@@ -89,7 +89,7 @@ def test_the_blocks_of_a_plain_model() -> None:
     ]
     assert [b.is_frozen for b in model.blocks()] == [False] * 4
     assert [b.task for b in model.blocks()][:3] == [None] * 3
-    assert model.blocks()[3].task == ("cross_entropy", 1.0, ())
+    assert model.blocks()[3].task == TaskSpec("cross_entropy", 1.0, ())
     assert model.private_blocks == ("fusion", "head")
 
 
@@ -104,8 +104,8 @@ def test_the_blocks_of_stages_and_tasks() -> None:
     ]
     assert model.private_blocks == ("head-kind", "head-size")
     assert model.tasks == {
-        "kind": ("cross_entropy", 1.0, ("x", "y", "z")),
-        "size": ("mse", 0.5, ()),
+        "kind": TaskSpec("cross_entropy", 1.0, ("x", "y", "z")),
+        "size": TaskSpec("mse", 0.5, ()),
     }
     assert [b.task for b in model.blocks()[2:]] == list(model.tasks.values())
 

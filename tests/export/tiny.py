@@ -36,7 +36,12 @@ def wider() -> BlockModel:
     return small(hidden=9)
 
 
-def small(hidden: int = 8) -> BlockModel:
+def personal() -> BlockModel:
+    """As `small`, with a personal head."""
+    return small(personal_head=True)
+
+
+def small(hidden: int = 8, **options: Any) -> BlockModel:
     """Two encoders, the reference fusion and head; a dropout in three of the four blocks."""
     torch.manual_seed(0)
     return BlockModel(
@@ -50,6 +55,7 @@ def small(hidden: int = 8) -> BlockModel:
         head=MlpHead(6, len(CLASSES), hidden=hidden, dropout=0.25),
         examples={"a": torch.randn(2, 5), "b": torch.randn(2, 2, 8)},
         class_names=CLASSES,
+        **options,
     )  # fmt: skip
 
 

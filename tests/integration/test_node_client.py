@@ -175,6 +175,13 @@ def test_a_round_without_a_modality_is_pythons(
     assert_same_round(small_artifacts, {m: inputs[m] for m in modalities}, labels)
 
 
+def test_a_round_with_a_personal_head_is_pythons(personal_artifacts: Path) -> None:
+    rng = np.random.default_rng(4)
+    inputs = {"a": rng.normal(size=(21, 5)), "b": rng.normal(size=(21, 2, 8))}
+    shared = ("encoder-a", "encoder-b", "fusion", "head")
+    assert_same_round(personal_artifacts, inputs, rng.integers(0, 3, 21), shared=shared)
+
+
 def test_every_hyperparameter_counts(small_artifacts: Path) -> None:
     rng = np.random.default_rng(3)
     inputs = {"a": rng.normal(size=(21, 5)), "b": rng.normal(size=(21, 2, 8))}

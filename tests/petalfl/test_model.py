@@ -64,7 +64,8 @@ def test_json_round_trip() -> None:
     }
     assert PLAIN["blocks"][5]["artifacts"]["training_forward"] is None
     assert PLAIN["blocks"][5]["task"] == {
-        "class_names": ["x", "y", "z"], "loss": "cross_entropy", "weight": 1.0
+        "class_names": ["x", "y", "z"], "loss": "cross_entropy", "weight": 1.0,
+        "personalizes": None,
     }  # fmt: skip
 
 

@@ -37,6 +37,16 @@ def test_without_a_scheme_the_manifest_decides(default: tuple[str, ...]) -> None
     assert private_blocks("ph", manifest) == ("head",)
 
 
+@pytest.mark.parametrize("scheme", ["", *SCHEMES])
+def test_a_personal_head_stays_whatever_is_shared(scheme: str) -> None:
+    head = TINY.block("head")
+    assert head.task is not None
+    twin = replace(head, name="head-personal", task=replace(head.task, personalizes="head"))
+    manifest = replace(TINY, blocks=(*TINY.blocks, twin), private_blocks=())
+    kept = PRIVATE[scheme] if scheme else set()
+    assert set(private_blocks(scheme, manifest)) == {*kept, "head-personal"}
+
+
 @pytest.mark.parametrize("scheme", ["full", "FM", "ph ", "fm,ph"])
 def test_an_unknown_scheme_is_refused(scheme: str) -> None:
     with pytest.raises(ConfigError) as caught:

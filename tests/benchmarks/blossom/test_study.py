@@ -13,10 +13,11 @@ from benchmarks.blossom.cells import Cell, grid
 from benchmarks.blossom.members import deal
 from benchmarks.blossom.models import prepare
 from benchmarks.blossom.schemes import SCHEMES, Finish, OwnData, interpolate, stop_early
-from benchmarks.blossom.simulation import Device, predict_proba, train_alone
+from benchmarks.blossom.simulation import Device, train_alone
 from benchmarks.blossom.study import run_cell
 from export.weights import initial_weights
 from petalfl.model import ModelManifest
+from petalfl.steps import predict_outputs
 from petalfl.training import Hyperparameters
 from server.config import private_blocks
 from tests.benchmarks.blossom.tiny_data import TINY, examples
@@ -42,17 +43,17 @@ def results_of(line: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Artifacts of the model with a shared and a private head, and seed 1."""
+    """Artifacts of the model with a personal head, and seed 1."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(datasets.DATASETS, "tiny", TINY)
-        return prepare("tiny", "mask", 1, tmp_path_factory.mktemp("cache"), has_own_head=True)
+        return prepare("tiny", "mask", 1, tmp_path_factory.mktemp("cache"), has_personal_head=True)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme(scheme: str, small_artifacts: Path, two_heads: Path, tmp_path: Path) -> None:
     told: list[int] = []
     asked = cell(scheme=scheme, rounds=3, devices=3, unseen=1)
-    artifacts = two_heads if SCHEMES[scheme].has_own_head else small_artifacts
+    artifacts = two_heads if SCHEMES[scheme].has_personal_head else small_artifacts
     line = run_cell(asked, artifacts, tmp_path, told.append)
     num_federations = 2 if scheme == "unimodal" else 1
     assert told == [*range(3)] * num_federations
@@ -128,20 +129,22 @@ def test_an_unseen_person_begins_with_what_is_shared(small_artifacts: Path, tmp_
 
 def test_a_second_head_says_nothing_before_it_is_trained(two_heads: Path, tmp_path: Path) -> None:
     manifest = ModelManifest.load(two_heads)
-    assert [*manifest.heads] == ["shared", "own"] and manifest.private_blocks == ("head-own",)
+    assert manifest.private_blocks == ("head-personal",)
     data = examples(0, 0, 10)
     device = Device("p", tmp_path, two_heads, manifest.private_blocks, data)
     try:
         device.keep({n: w.vector for n, w in initial_weights(two_heads, manifest).items()})
-        by_head = device.model.predict_proba(data.inputs)
-        assert (by_head["own"] == np.float32(1 / 3)).all()
-        mean = predict_proba(device.model, data)
-        assert np.array_equal(mean.argmax(axis=1), by_head["shared"].argmax(axis=1))
+        before = device.model.parameters
+        outputs = predict_outputs(device.model.engine, manifest, before, data.inputs)
+        assert (outputs["personal"] == 0).all()
+        found = device.model.predict(data.inputs)
+        assert np.array_equal(found, outputs["head"].argmax(axis=1))
         trained = train_alone(
             device.model, data, Hyperparameters(0.1, epochs=20), np.random.default_rng(0)
         )
-        for head, probabilities in trained.predict_proba(data.inputs).items():
-            assert (probabilities.argmax(axis=1) == data.labels).mean() > 0.9, head
+        outputs = predict_outputs(trained.engine, manifest, trained.parameters, data.inputs)
+        for head, logits in outputs.items():
+            assert (logits.argmax(axis=1) == data.labels).mean() > 0.9, head
     finally:
         device.close()
 
