@@ -28,7 +28,7 @@ test: $(VENV)/.dev $(STOCK)/.stock
 stock: $(STOCK)/.stock
 
 test-stock: $(VENV)/.dev $(STOCK)/.stock
-	$(BIN)/python -m tests.reference_artifacts build/test-artifacts small several
+	$(BIN)/python -m tests.reference_artifacts build/test-artifacts small several personal
 	PETALFL_TEST_ARTIFACTS=$(CURDIR)/build/test-artifacts $(STOCK)/bin/python -m pytest -n auto \
 		tests/petalfl tests/contract --ignore tests/contract/test_readme.py \
 		--ignore tests/contract/test_embedding.py $(TEST_ARGS)
