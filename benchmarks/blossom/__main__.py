@@ -29,9 +29,9 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/blossom")
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 QUICK: dict[str, Any] = {
-    "regime": ["incomplete", "exclusive"], "scheme": ["fm", "phf", "fm-mix", "local"],
-    "devices": 10, "data_fraction": [0.3], "rounds": 20, "seeds": 1, "unseen": 2,
-    "out": RUNS / "quick",
+    "regime": ["incomplete", "exclusive"], "scheme": ["fm", "phf", "local", "two-heads"],
+    "devices": 10, "data_fraction": [0.3], "rounds": 20, "finish_epochs": 10, "seeds": 1,
+    "unseen": 2, "out": RUNS / "quick",
 }  # fmt: skip
 _CHOSEN = ("partition", "data_fraction", "regime", "missing", "scheme")  # of which several
 
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--server-optimizer", metavar="RULE",
         help="of schemes without one of their own; default sgd: docs/strategies.md")  # fmt: skip
     add("--codec", metavar="NAME", help="of updates; default f32: docs/codecs.md")
-    add("--finish-epochs", type=int, metavar="N", help="after the last round; default 3")
+    add("--finish-epochs", type=int, metavar="N", help="after the last round; default 30")
     add("--finish-rate", type=float, metavar="SHARE", help="of the learning rate; default 0.1")
     add("--eval-every", type=int, metavar="R", help="rounds between points of a curve; default 5")
     add = parser.add_argument_group("how").add_argument

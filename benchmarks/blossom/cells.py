@@ -60,7 +60,7 @@ class Cell:
     schedule: ScheduleName = "cosine"
     server_optimizer: str = "sgd"
     codec: str = "f32"
-    finish_epochs: int = 3
+    finish_epochs: int = 30
     finish_rate: float = 0.1
     unseen: int = 0
     eval_every: int = 5
