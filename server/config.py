@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -56,6 +56,7 @@ class Config:
         max_update_norm: A longer update of a block is scaled down to it; 0: never.
         has_scaffold: Blocks travel with control variates.
         is_deterministic: Updates are kept, and aggregated by device: the same bits in every run.
+        fine_tuning: What devices do after the last round, each alone; None: nothing.
     """
 
     artifacts: Path
@@ -85,6 +86,7 @@ class Config:
     max_update_norm: float = 0.0
     has_scaffold: bool = False
     is_deterministic: bool = False
+    fine_tuning: Hyperparameters | None = None
 
     @property
     def is_async(self) -> bool:
@@ -108,7 +110,7 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         raise ConfigError(
             f"{_label('schedule', settings)} cosine needs --rounds; choose --schedule constant"
         )
-    private = _private(settings, manifest)
+    private, hyperparameters = _private(settings, manifest), _hyperparameters(settings)
     config = Config(
         artifacts=value["artifacts"],
         data_dir=value["data_dir"],
@@ -118,12 +120,13 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         num_rounds=value["rounds"],
         min_devices=value["min_devices"],
         deadline_s=value["deadline"],
-        hyperparameters=_hyperparameters(settings),
+        hyperparameters=hyperparameters,
         schedule=value["schedule"] or ("cosine" if value["rounds"] else "constant"),
         seed=value["seed"],
         server_optimizer=_server_optimizer(settings),
         has_scaffold=value["scaffold"],
         is_deterministic=value["deterministic"],
+        fine_tuning=_fine_tuning(hyperparameters, value["finish_epochs"], value["finish_rate"]),
         **{key: value[key] for key in _AS_THEY_ARE},
     )
     _check(config, settings, manifest)
@@ -205,6 +208,18 @@ def _hyperparameters(settings: Settings) -> Hyperparameters:
     except ValueError as error:
         name, _, reason = str(error).removeprefix("-.").partition(":")
         raise ConfigError(f"{_label(name, settings)}:{reason}") from error
+
+
+def _fine_tuning(
+    hyperparameters: Hyperparameters, epochs: int, rate: float
+) -> Hyperparameters | None:
+    """As the rounds, at a share of their rate, without what is about rounds and shared blocks."""
+    if not epochs:
+        return None
+    return replace(
+        hyperparameters, learning_rate=rate * hyperparameters.learning_rate, epochs=epochs,
+        proximal_mu=0.0, max_steps=0, method="fedsim",
+    )  # fmt: skip
 
 
 def _label(key: str, settings: Settings) -> str:

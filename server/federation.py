@@ -499,7 +499,9 @@ class Federation:
         return replace(task, num_holders=self._num_holders(held))
 
     def _last_word(self, held: Collection[str]) -> wire.Finish:
-        return wire.Finish(self.shared.pointers_of(held), self._num_holders(held))
+        final, fine_tuning = self.shared.pointers_of(held), self.config.fine_tuning
+        seed = None if fine_tuning is None else self.config.seed
+        return wire.Finish(final, self._num_holders(held), fine_tuning, seed)
 
     def _num_holders(self, held: Collection[str]) -> dict[str, int] | None:
         """By block with control variates: the devices that hold it, enrolled as they are."""

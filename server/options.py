@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from petalfl.codecs import CODECS, parse_codec
 from petalfl.errors import PetalError
 from petalfl.model import OPTIMIZERS
+from petalfl.training import MAX_EPOCHS
 from petalfl.wire import MAX_COUNT
 
 from .aggregators import parse_aggregator
@@ -91,15 +93,15 @@ def _whole(value: Any) -> int:
         raise ValueError(f"expected a whole number, found {value!r}") from None
 
 
-def _at_least(low: int) -> Callable[[Any], int]:
+def _at_least(low: int, high: int = MAX_COUNT) -> Callable[[Any], int]:
     """As far as devices are told of it, they take no more than `MAX_COUNT`."""
 
     def read(value: Any) -> int:
         number = _whole(value)
         if number < low:
             raise ValueError(f"found {number}, expected at least {low}")
-        if number > MAX_COUNT:
-            raise ValueError(f"found {number}, expected at most {MAX_COUNT}")
+        if number > high:
+            raise ValueError(f"found {number}, expected at most {high}")
         return number
 
     return read
@@ -114,10 +116,10 @@ def _number(value: Any) -> float:
         raise ValueError(f"expected a number, found {value!r}") from None
 
 
-def _above(low: float, expected: str) -> Callable[[Any], float]:
+def _above(low: float, expected: str, high: float = sys.float_info.max) -> Callable[[Any], float]:
     def read(value: Any) -> float:
         number = _number(value)
-        if not low < number < math.inf:
+        if not low < number <= high:
             raise ValueError(f"found {number:g}, expected {expected}")
         return number
 
@@ -334,6 +336,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-steps", _whole, 0,
            "end a round after so many batches, if the epochs have as many; 0: no limit", TRAINING,
            "N", is_reloadable=True),
+    Option("finish-epochs", _at_least(0, MAX_EPOCHS), 0,
+           "after the last round every device fine-tunes all its blocks alone, for so many epochs: "
+           "its own model, which does not leave it; 0: none", TRAINING, "N", is_reloadable=True),
+    Option("finish-rate", _above(0, "a share above 0, of 1 at most", 1.0), 0.1,
+           "of that, as a share of --learning-rate", TRAINING, "SHARE", is_reloadable=True),
     Option("seed", _at_least(0), 0, "of cohorts, shuffling and dropout", TRAINING, "N"),
 )  # fmt: skip
 BY_KEY = {option.key: option for option in OPTIONS}

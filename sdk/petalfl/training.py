@@ -31,6 +31,8 @@ from petalfl.steps import (
 )
 from petalfl.vectors import Vector
 
+MAX_EPOCHS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
@@ -53,7 +55,7 @@ class Hyperparameters:
     momentum: Annotated[float, Limit(0.0, 0.9999)] = 0.9
     weight_decay: Annotated[float, Limit(0.0, 1.0)] = 1e-5
     batch_size: Annotated[int, Limit(1, 1 << 16)] = 16
-    epochs: Annotated[int, Limit(1, 1000)] = 1
+    epochs: Annotated[int, Limit(1, MAX_EPOCHS)] = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     nesterov: bool = False
     beta1: Annotated[float, Limit(0.0, 0.9999)] = 0.9

@@ -151,10 +151,17 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last round is over; ``blocks`` are the final versions for this device."""
+    """The last round is over; ``blocks`` are the final versions for this device.
+
+    Attributes:
+        hyperparameters: Of the fine-tuning that follows, on the device alone; None: there is none.
+        seed: As in `Task`, of the fine-tuning; None: 0.
+    """
 
     blocks: Annotated[dict[Name, BlockVersion], Limit(0, MAX_TASK_BLOCKS)]
     num_holders: Holders | None = None
+    hyperparameters: Hyperparameters | None = None
+    seed: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,21 @@ GOLDEN: dict[str, tuple[Message, str]] = {
         "83 a176 02  a174 a6 66696e697368"
         "a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 09 " + SHA_HEX,
     ),
+    "finish with fine-tuning": (
+        Finish({"fusion": BlockVersion(9, SHA)}, None, Hyperparameters(0.005, epochs=30), 7),
+        "85 a176 02  a174 a6 66696e697368"
+        "a6 626c6f636b73 81 a6 667573696f6e 82 a7 76657273696f6e 09 "
+        + SHA_HEX
+        + "af 6879706572706172616d6574657273 8f"
+        "  ad 6c6561726e696e675f72617465 cb3f747ae147ae147b  a8 6d6f6d656e74756d cb3feccccccccccccd"
+        "  ac 7765696768745f6465636179 cb3ee4f8b588e368f1  aa 62617463685f73697a65 10"
+        "  a6 65706f636873 1e  a9 6f7074696d697a6572 a3 736764  a8 6e65737465726f76 c2"
+        "  a5 6265746131 cb3feccccccccccccd  a5 6265746132 cb3feff7ced916872b"
+        "  a7 657073696c6f6e cb3e45798ee2308c3a  ad 6d61785f677261645f6e6f726d cb0000000000000000"
+        "  ac 616363756d756c6174696f6e 01  ab 70726f78696d616c5f6d75 cb0000000000000000"
+        "  a9 6d61785f7374657073 00  a6 6d6574686f64 a6 66656473696d"
+        "a4 73656564 07",
+    ),
     "excuse": (
         Excuse(3),
         "83 a176 02  a174 a6 657863757365  a9 726f756e645f6e756d 03",

@@ -94,7 +94,9 @@ MESSAGES: dict[type, st.SearchStrategy[Message]] = {
     ),
     BlockVersion: VERSIONS,
     Task: st.builds(Task, POSITIVES, COUNTS, HYPERPARAMETERS, COUNTS, BLOCKS),
-    Finish: st.builds(Finish, BLOCKS),
+    Finish: st.builds(
+        Finish, BLOCKS, st.none(), st.none() | HYPERPARAMETERS, st.none() | COUNTS
+    ),
     Excuse: st.builds(Excuse, POSITIVES),
     Fetch: st.builds(
         Fetch, PATHS, COUNTS, st.integers(1, MAX_FETCH_BYTES), st.binary(max_size=8),
@@ -114,7 +116,9 @@ LARGEST: list[Message] = [
     Receipt(ID, "missing", "x" * 256, b"\xff" * CHUNK_BYTES),
     Task(1 << 40, 1 << 40, Hyperparameters(1e3, 0.9999, 1.0, 1 << 16, 1000), 1 << 40,
          {f"{i:064}": BlockVersion(1 << 40, "f" * 64) for i in range(128)}),
-    Finish({f"{i:064}": BlockVersion(1 << 40, "f" * 64) for i in range(128)}),
+    Finish({f"{i:064}": BlockVersion(1 << 40, "f" * 64) for i in range(128)},
+           {f"{i:064}": 1 << 40 for i in range(128)},
+           Hyperparameters(1e3, 0.9999, 1.0, 1 << 16, 1000), 1 << 40),
     Part("x" * 320, "f" * 64, 1 << 40, 1 << 40, bytes(8), bytes(CHUNK_BYTES)),
 ]  # fmt: skip
 
@@ -218,6 +222,7 @@ def test_thousands_of_mutations() -> None:
             Report(ID, 1, 1, 0.5), Receipt(ID, "accepted"),
             UpdateManifest(ID, "head", 1, 1, 1, "f32", 4, sha),
             BlockVersion(1, sha), Finish({"head": BlockVersion(1, sha)}),
+            Finish({"head": BlockVersion(1, sha)}, None, Hyperparameters(0.1), 3),
             Task(1, 0, Hyperparameters(0.1), 0, {"head": BlockVersion(1, sha)}),
         )
     ]  # fmt: skip

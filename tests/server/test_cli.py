@@ -131,7 +131,8 @@ def test_help_names_every_option() -> None:
     for option in ("--artifacts", "--data-dir", "--http", "--broker", "--scheme", "--rounds",
                    "--min-devices", "--deadline", "--token", "--federation", "--optimizer",
                    "--nesterov", "--beta1", "--beta2", "--epsilon", "--max-grad-norm",
-                   "--accumulation", "--proximal-mu"):  # fmt: skip
+                   "--accumulation", "--proximal-mu", "--finish-epochs",
+                   "--finish-rate"):  # fmt: skip
         assert option in done.stdout
 
 
@@ -317,6 +318,11 @@ REFUSED = {
     "--accumulation 0": "--accumulation: 0 is outside [1, 65536]",
     "--proximal-mu -0.1": "--proximal-mu: -0.1 is outside [0, 1000]",
     "--schedule cosine": "--schedule cosine needs --rounds",
+    "--finish-epochs -1": "--finish-epochs: found -1, expected at least 0",
+    "--finish-epochs 1001": "--finish-epochs: found 1001, expected at most 1000",
+    "--finish-rate 0": "--finish-rate: found 0, expected a share above 0, of 1 at most",
+    "--finish-rate 1.5": "--finish-rate: found 1.5, expected a share above 0, of 1 at most",
+    "--finish-rate nan": "--finish-rate: found nan, expected a share above 0",
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from petalfl import topics, wire
+from petalfl.training import Hyperparameters
 from petalfl.vectors import to_bytes
 from server.segments import read_delta, segments
 from tests.server.builders import (
@@ -331,6 +332,22 @@ async def test_after_the_last_round_everybody_gets_the_final_versions(site: Site
         assert run.sender.finishes()["watch"].blocks.keys() == HELD["watch"]
     with site.run(ready=["watch"], num_rounds=3) as run:  # one more was asked for
         assert run.sender.tasks(3).keys() == {"watch"}
+
+
+async def test_the_last_word_asks_for_the_fine_tuning_of_now(site: Site) -> None:
+    slow, slower = Hyperparameters(0.01, epochs=30), Hyperparameters(0.001, epochs=3)
+    with site.run(ready=["watch"], num_rounds=1, fine_tuning=slow, seed=5) as run:
+        assert run.task("watch", 1).hyperparameters == run.federation.config.hyperparameters
+        await run.finish_round(1)
+        finish = run.sender.finishes()["watch"]
+        assert (finish.hyperparameters, finish.seed) == (slow, 5)
+    with site.run(num_rounds=1, fine_tuning=slower) as run:  # restarted with other settings
+        run.ready("watch")
+        assert run.sender.finishes()["watch"].hyperparameters == slower
+    with site.run(num_rounds=1) as run:
+        run.ready("watch")
+        finish = run.sender.finishes()["watch"]
+        assert (finish.hyperparameters, finish.seed) == (None, None)
 
 
 async def test_when_nothing_is_shared_reports_alone_close_rounds(site: Site) -> None:

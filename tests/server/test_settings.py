@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalfl.training import Hyperparameters
 from server import __main__ as cli
 from server.config import ConfigError, PerBlock, make_config
 from server.options import BY_KEY, OPTIONS
@@ -160,6 +161,28 @@ def test_a_hyperparameter_reaches_the_devices_tasks(tmp_path: Path, key: str) ->
     text, value = HYPERPARAMETERS[key]
     settings = from_file(tmp_path, f'artifacts = "a"\n{key} = {text}').federations["default"]
     assert getattr(make_config("x", settings, TINY).hyperparameters, key) == value
+
+
+def test_what_devices_do_after_the_last_round_has_nothing_of_the_rounds(tmp_path: Path) -> None:
+    rounds = (
+        'artifacts = "a"\nlearning_rate = 0.5\nmomentum = 0.25\nbatch_size = 4\nepochs = 2\n'
+        'max_steps = 9\nproximal_mu = 0.5\nmethod = "fedalt"\nmax_grad_norm = 2.0\n'
+    )
+    for finish, expected in (
+        ("", None),
+        ("finish_rate = 0.5", None),
+        ("finish_epochs = 30", (0.05, 30)),
+        ("finish_epochs = 3\nfinish_rate = 0.5", (0.25, 3)),
+    ):
+        settings = from_file(tmp_path, rounds + finish).federations["default"]
+        found = make_config("x", settings, TINY).fine_tuning
+        if expected is None:
+            assert found is None
+            continue
+        rate, epochs = expected
+        assert found == Hyperparameters(
+            rate, momentum=0.25, batch_size=4, epochs=epochs, max_grad_norm=2.0
+        )
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
