@@ -19,7 +19,7 @@ class Budgets:
 
     Attributes:
         seconds: That the training of a round may take, rests not counted. Then it ends early: what
-            was trained is sent, with the weight of the examples it has seen.
+            was trained is sent, with the weight of the examples it has seen. Of fine-tuning, too.
         memory_bytes: That training may take on top of what is in memory before it, as
             `training_bytes` estimates. Batches are computed in so many parts that it suffices.
         bytes_per_day: Up and down together, in any 24 hours; of messages and bodies, without what

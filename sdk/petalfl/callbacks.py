@@ -13,15 +13,21 @@ log = logging.getLogger("petalfl.client")
 
 @dataclass(frozen=True, slots=True)
 class RoundInfo:
-    """A round is about to be trained; ``num_rounds`` is 0 where no end is planned."""
+    """A round is about to be trained, or what follows the last one.
+
+    Attributes:
+        num_rounds: 0 where no end is planned.
+        is_fine_tuning: It follows the last round; both numbers are of the last one trained here.
+    """
 
     round_num: int
     num_rounds: int
+    is_fine_tuning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RoundMetrics:
-    """What the training of a round came to.
+    """What the training of a round came to, or the fine-tuning after the last one.
 
     Attributes:
         loss: Mean over the round's steps.
@@ -29,6 +35,7 @@ class RoundMetrics:
         num_steps: Batches trained on.
         seconds: From the first batch to the last, pauses included.
         is_complete: Whether it went on to its end; if not, a budget ended it.
+        is_fine_tuning: As in `RoundInfo`.
     """
 
     round_num: int
@@ -37,6 +44,7 @@ class RoundMetrics:
     num_steps: int
     seconds: float
     is_complete: bool = True
+    is_fine_tuning: bool = False
 
 
 @dataclass(frozen=True, slots=True)

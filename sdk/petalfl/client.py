@@ -64,9 +64,11 @@ class EdgeClient:
         identity: A file that ``python -m server enroll`` wrote, instead of a token: it says what
             device this is, and in which federation.
         on_round: Called, on the training thread, when a round's blocks are in place and before
-            they are trained: the moment to evaluate.
+            they are trained: the moment to evaluate. As well before fine-tuning, which a server
+            may ask for after the last round.
         on_progress: Called, on the training thread, with the batches done and their total.
-        on_metrics: Called, on the training thread, when a round has been trained.
+        on_metrics: Called, on the training thread, when a round has been trained, or the model has
+            been fine-tuned.
         on_error: Called with what goes wrong: what the client survives, such as a server that is
             away for a while, and what ends `run`, which raises it as well.
         should_train: Asked, on the training thread, before and between batches. While it says
@@ -166,6 +168,7 @@ class EdgeClient:
         """Takes part until the federation's last round or `stop`.
 
         Enrolls first if need be, and with an `ExampleStore` waits until an example has labels.
+        Fine-tunes after the last round, where the server asks for it.
         Broken connections are mended; what was trained and has no receipt yet is sent again, also
         after a restart. A server that cannot be reached is tried again with back-off, which
         ``on_error`` is told, but for a device that has not enrolled.
@@ -307,8 +310,8 @@ class EdgeClient:
     def stop(self) -> None:
         """Makes `run` return within a batch; from any thread.
 
-        A round that is being trained is given up and trained again next time; an update on its
-        way stays in the outbox. A pause ends with it. `close` waits until it is so.
+        A round that is being trained is given up and trained again next time, as is fine-tuning;
+        an update on its way stays in the outbox. A pause ends with it. `close` waits until that.
         """
         with self._lifecycle:  # after a beginning, which forgets it, or before
             self._is_stopped = True
@@ -380,6 +383,8 @@ class EdgeClient:
     def predict(self, inputs: Mapping[str, ArrayLike]) -> Any:
         """The personalized model's predictions, of a classifier the classes; works offline.
 
+        After the last round it is the fine-tuned one, if the server has asked for that.
+
         Args:
             inputs: Any subset of the device's modalities, as in `LocalModel.predict_proba`.
 
@@ -390,15 +395,15 @@ class EdgeClient:
             DataError: The inputs do not fit the model.
             StoreError: The device has not got the model yet.
         """
-        return self._trainer.model.predict(inputs)
+        return self._trainer.own_model.predict(inputs)
 
     def predict_proba(self, inputs: Mapping[str, ArrayLike]) -> Any:
         """Probabilities, as `LocalModel.predict_proba` has them; otherwise as `predict`."""
-        return self._trainer.model.predict_proba(inputs)
+        return self._trainer.own_model.predict_proba(inputs)
 
     def evaluate(self, inputs: Mapping[str, ArrayLike], labels: Labels) -> dict[str, Any]:
         """The personalized model's metrics, as in `LocalModel.evaluate`; errors as `predict`."""
-        return self._trainer.model.evaluate(inputs, labels)
+        return self._trainer.own_model.evaluate(inputs, labels)
 
     # Getting ready: enrollment, then the manifest and the artifacts of the blocks held.
 

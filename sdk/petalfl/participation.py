@@ -85,12 +85,7 @@ class Participation:
         try:
             await self._until_stopped(asyncio.create_task(self._take_part(session, get_ready)))
         finally:  # however it ends: no later round waits for this device
-            if self._announcing is not None:
-                self._announcing.cancel()
-            if self._transport is not None:
-                with contextlib.suppress(TransportError, asyncio.TimeoutError):
-                    await within(GOODBYE_TIMEOUT_S, self._publish_status(False))
-                await self._transport.close()
+            await self._leave()
             if self._meter is not None:
                 self._meter.save()
 
@@ -104,7 +99,9 @@ class Participation:
         await self._transport.subscribe(self._topic(topics.all_down), handler)
         await self._call(get_ready)
         await self._announce()
-        await self._work(uplink)
+        finish = await self._work(uplink)
+        await self._leave()  # this may take long, and nothing more is to be said
+        await self._call(self._trainer.fine_tune, finish)
 
     # The connection
 
@@ -126,6 +123,17 @@ class Participation:
             await transport.close()
             raise
         return transport
+
+    async def _leave(self) -> None:
+        """Says goodbye, if it is connected."""
+        if self._announcing is not None:
+            self._announcing.cancel()
+        if (transport := self._transport) is None:
+            return
+        with contextlib.suppress(TransportError, asyncio.TimeoutError):
+            await within(GOODBYE_TIMEOUT_S, self._publish_status(False))
+        await transport.close()
+        self._transport = None
 
     def _topic(self, name: Callable[[str, str], str]) -> str:
         return name(self._identity.federation, self._identity.device)
@@ -202,7 +210,8 @@ class Participation:
 
     # Tasks
 
-    async def _work(self, uplink: Uplink) -> None:
+    async def _work(self, uplink: Uplink) -> wire.Finish:
+        """Until the last round is over, and its blocks are here."""
         doubted = 0  # a round long trained, of which the server was asked whether it means it
         trainer = self._trainer
         while True:
@@ -216,7 +225,7 @@ class Participation:
             if isinstance(task, wire.Finish):
                 if await self._fetch_patiently(task):
                     await self._call(trainer.empty_outbox)  # nothing counts any longer
-                    return
+                    return task
                 continue
             if task.round_num > trainer.state.round_num or task.round_num == doubted:
                 doubted = 0
@@ -297,6 +306,7 @@ class Participation:
             name: self._downlink.fetch_block(self._trainer.travelling(name, task), pointer)
             for name, pointer in lacking.items()
         }
+        self._trainer.outdate(task)
         self._trainer.keep_blocks(lacking, fetched)
         self._downlink.drop_all_but(())
 

@@ -2,7 +2,8 @@
 
 ``identity.json`` says who the device is, ``state.msgpack`` holds its private blocks, the
 outbox of what has no receipt yet and the residuals of lossy codecs, ``shared.msgpack`` the newest
-shared blocks, ``artifacts/`` the model's files. State and outbox are one file, so that after a
+shared blocks, ``fine-tuned.msgpack`` what fine-tuning after the last round has made of both,
+``artifacts/`` the model's files. State and outbox are one file, so that after a
 crash a round has either been trained and its updates wait in the outbox, or it has not been
 trained at all. Of each of the three the good one before it stays, as ``.previous``, and takes over
 when the newest is damaged; docs/device_store.md says what follows.
@@ -28,7 +29,7 @@ from petalfl.errors import ModelError, StoreError
 from petalfl.files import sha256_of, write_atomic
 from petalfl.model import MANIFEST_NAME, MAX_BLOCK_SIZE, Block, ModelManifest
 from petalfl.partials import Partials
-from petalfl.schema import Limit, Name, Pattern, plain, read
+from petalfl.schema import Limit, Name, Pattern, Sha256, plain, read
 from petalfl.sealed import HEADER_BYTES, DamagedError, Seal
 
 log = logging.getLogger("petalfl.store")
@@ -41,6 +42,7 @@ _WAY_OUT = {
 _TensorName = Annotated[str, Limit(3, 64 + 1 + 256)]  # BLOCK/TENSOR
 MAX_ASIDE = 8  # states of other models that are kept
 _ENROLLMENT = "enrollment.json"
+_FINE_TUNED = "fine-tuned.msgpack"  # there is one alone: it can be made again
 _ROOM_BYTES = 4096
 _VectorBytes = Annotated[bytes, Limit(0, 4 * MAX_BLOCK_SIZE)]
 T = TypeVar("T")
@@ -123,6 +125,22 @@ class Shared:
     vectors: Annotated[dict[Name, _VectorBytes], Limit(0, 128)]
 
 
+@dataclass(frozen=True, slots=True)
+class FineTuned:
+    """The blocks of the device's own model, see `petalfl.fine_tuning`.
+
+    Attributes:
+        origin: The sha256 of what asked for it.
+        round_num: Of the state that it was made from: it is of no other.
+        layout: As in `State`.
+    """
+
+    origin: Sha256
+    round_num: Annotated[int, Limit(0, 1 << 40)]
+    layout: Annotated[str, Limit(0, 64)]
+    vectors: Annotated[dict[Name, _VectorBytes], Limit(1, 128)]
+
+
 class DeviceStore:
     """Opens the folder for this process alone; a second opening is refused.
 
@@ -130,7 +148,8 @@ class DeviceStore:
     ones, and what a crash or an older model left behind is removed.
 
     Args:
-        key: 32 random bytes that the app keeps; encrypts identity, state and shared blocks.
+        key: 32 random bytes that the app keeps; encrypts identity, state, shared and fine-tuned
+            blocks.
 
     Attributes:
         artifact_downloads: Files of the model that are on their way.
@@ -162,7 +181,7 @@ class DeviceStore:
                 f"the device store {folder} is open already; give every client its own"
             ) from error
         try:
-            for name in (*_WAY_OUT, *self._names_aside()):
+            for name in (*_WAY_OUT, _FINE_TUNED, *self._names_aside()):
                 self._bring_up_to_date(name)
             if self._seal.has_key:
                 Partials(self._block_folder(False), Seal()).keep_only(())
@@ -240,6 +259,19 @@ class DeviceStore:
     def write_shared(self, shared: Shared) -> None:
         """Replaces the shared blocks."""
         self._write_kept("shared.msgpack", shared)
+
+    def read_fine_tuned(self) -> FineTuned | None:
+        """What fine-tuning has made; None where there is nothing, or it is lost."""
+        return self._read_kept(_FINE_TUNED, FineTuned)
+
+    def write_fine_tuned(self, fine_tuned: FineTuned) -> None:
+        """Replaces what fine-tuning has made."""
+        self._write(_FINE_TUNED, _encode(_FINE_TUNED, plain(fine_tuned)), None)
+
+    def drop_fine_tuned(self) -> None:
+        """Removes what fine-tuning has made, if anything."""
+        with _writing(self.folder / _FINE_TUNED):
+            (self.folder / _FINE_TUNED).unlink(missing_ok=True)
 
     def read_file(self, path: str) -> bytes | None:
         """An artifact's bytes, None when it is not there."""
@@ -356,7 +388,7 @@ class DeviceStore:
         except (ModelError, OSError):
             named = None  # the first download was cut off: what is there is of use
         with _writing(self.folder):
-            for name in _WAY_OUT:
+            for name in (*_WAY_OUT, _FINE_TUNED):
                 (self.folder / f"{name}.tmp").unlink(missing_ok=True)
             for path in self.folder.glob("aside/*.tmp"):
                 path.unlink()

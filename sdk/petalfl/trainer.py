@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from petalfl.codecs import KINDS, parse_codec
 from petalfl.control_variates import correction, own_control, with_sum
 from petalfl.data import Labels
 from petalfl.errors import DataError, PetalError, StoreError, WireError
+from petalfl.fine_tuning import OwnModel, origin_of
 from petalfl.local_data import ExampleError, LocalData
 from petalfl.local_model import LocalModel
 from petalfl.model import MANIFEST_NAME, Artifact, Block, ModelManifest
@@ -29,7 +31,7 @@ from petalfl.private_tensors import check_tensors, put_back, withhold
 from petalfl.runtime import EngineName
 from petalfl.store import DeviceStore, Outgoing, Shared, State
 from petalfl.trained_round import TrainedRound
-from petalfl.training import train
+from petalfl.training import Hyperparameters, TrainingResult, train
 from petalfl.vectors import Vector, from_bytes, to_bytes
 
 BACKOFF_S = (0.5, 30.0)  # between writes to a disk that is full
@@ -72,6 +74,7 @@ class Trainer:
         self._model_lock = threading.Lock()
         self._moved: PetalError | None = None  # to tell the app of
         self._sums: dict[str, Vector] = {}  # of their control variates, if there are any
+        self._own = OwnModel(store, callbacks)
 
     # The data
 
@@ -113,6 +116,11 @@ class Trainer:
         if moved is not None:
             self._callbacks.survived(moved)  # which may ask for the model: without the lock
         return model
+
+    @property
+    def own_model(self) -> LocalModel:
+        """To predict with: `model`, or what fine-tuning has made of it; errors as `model`."""
+        return self.model.with_parameters(self._own.vectors)
 
     def reload_model(self) -> None:
         """Takes the artifacts that are in the store now; errors as `model`."""
@@ -179,6 +187,10 @@ class Trainer:
         uploads = task.blocks if task.uploads is None else task.uploads
         return down + sum(max_payload_bytes(codec, self.travelling(n, task)) for n in uploads)
 
+    def outdate(self, task: wire.Task | wire.Finish) -> None:
+        """Drops a fine-tuned model that is not the task's: its blocks are about to come."""
+        self._own.drop_unless(origin_of(task))
+
     def keep_blocks(
         self, pointers: Mapping[str, wire.BlockVersion], vectors: Mapping[str, Vector]
     ) -> None:
@@ -225,6 +237,7 @@ class Trainer:
                 data = self._store.read_file(block.artifacts.parameters.path)
             if data is not None:
                 parameters[block.name] = self._received(block, _stored_vector(block, data))
+        self._own.load(self.state, held)
         return model.with_parameters(parameters)
 
     def _is_here(self, artifact: Artifact) -> bool:
@@ -264,52 +277,99 @@ class Trainer:
             DataError: Training diverged; nothing has changed.
             Stopped: It was told to end; nothing has changed.
         """
-        assert self.identity is not None
         self._pacing.wait()
         self._callbacks.on_round(RoundInfo(task.round_num, task.num_rounds))
-        model = self.model
+        rng = self._generator(task.seed, task.round_num)
+        before = self.model.parameters
         try:
-            data = self._asked(self.data.refresh(model), task)
+            data, hyperparameters = self._prepare(task, task.hyperparameters)
         except (DataError, StoreError) as error:  # later examples may do
             return self._left_out(task, error)
-        held = model.manifest.blocks_for(data.modalities, data.tasks)
-        hyperparameters = task.hyperparameters
-        if self._budgets.memory_bytes is not None:
-            try:
-                hyperparameters = fit_memory(hyperparameters, held, self._budgets.memory_bytes)
-            except DataError as error:
-                return self._left_out(task, error)
-        before = {block.name: model.parameters[block.name] for block in held}
-        rng = np.random.default_rng([task.seed, task.round_num, _number(self.identity.device)])
-        started_s = time.monotonic()
+        corrections, started_s = self._corrections(task), time.monotonic()
         try:
-            result = train(
-                model.engine, model.manifest, before, data, hyperparameters, rng,
-                shared=task.blocks, corrections=self._corrections(task), on_batch=self._on_batch,
-                max_seconds=self._budgets.seconds,
-                clock=lambda: time.monotonic() - self._pacing.rested_s,
-            )  # fmt: skip
+            result = self._train(task, data, hyperparameters, rng, corrections)
         except ExampleError as error:  # it may be mended
             return self._left_out(task, error)
-        if not result.num_examples:
-            reason = f"the {self._budgets.seconds:g} s of its budget were over too soon"
-            return self._left_out(task, DataError(reason))
         seconds = time.monotonic() - started_s
         trained = TrainedRound(self.identity, self.state, task, before, result)
+        held = self.model.manifest.blocks_for(data.modalities, data.tasks)
         self._keep(trained.state_after(held, rng))
         self._replace_parameters(result.parameters)
-        metrics = RoundMetrics(
-            task.round_num, result.loss, result.num_examples, result.num_steps, seconds,
-            result.is_complete,
-        )  # fmt: skip
-        self._callbacks.on_metrics(metrics)
+        self._callbacks.on_metrics(_metrics(task.round_num, result, seconds))
         return True
+
+    def fine_tune(self, finish: wire.Finish) -> None:
+        """Makes `own_model` after the last round, where it is asked for and not there yet.
+
+        Where that fails, the app is told and `model` stays in use.
+
+        Raises:
+            Stopped: It was told to end; nothing has changed.
+        """
+        hyperparameters, last = finish.hyperparameters, self.state.round_num
+        if hyperparameters is None or self._own.vectors:
+            return
+        self._pacing.wait()
+        self._callbacks.on_round(RoundInfo(last, last, is_fine_tuning=True))
+        rng = self._generator(finish.seed or 0, 0)  # rounds count from 1
+        try:
+            data, hyperparameters = self._prepare(finish, hyperparameters)
+            started_s = time.monotonic()
+            result = self._train(finish, data, hyperparameters, rng)
+        except PetalError as error:
+            self._callbacks.survived(DataError(f"fine-tuning is left out: {error}"))
+            return
+        seconds = time.monotonic() - started_s
+        block = self.model.manifest.block
+        own = {n: v for n, v in result.parameters.items() if not block(n).is_frozen}
+        self._own.keep(origin_of(finish), self.state, own)
+        self._callbacks.on_metrics(_metrics(last, result, seconds, is_fine_tuning=True))
+
+    def _generator(self, seed: int, round_num: int) -> np.random.Generator:
+        assert self.identity is not None
+        return np.random.default_rng([seed, round_num, _number(self.identity.device)])
+
+    def _prepare(
+        self, task: wire.Task | wire.Finish, hyperparameters: Hyperparameters
+    ) -> tuple[LocalData, Hyperparameters]:
+        """The data of now, and batches that there is memory for.
+
+        Raises:
+            DataError: There is no data, none that the task asks for, or too little memory.
+            StoreError: The app's example store fails.
+        """
+        model, memory_bytes = self.model, self._budgets.memory_bytes
+        data = self._asked(self.data.refresh(model), task)
+        if memory_bytes is not None:
+            held = model.manifest.blocks_for(data.modalities, data.tasks)
+            hyperparameters = fit_memory(hyperparameters, held, memory_bytes)
+        return data, hyperparameters
+
+    def _train(
+        self,
+        task: wire.Task | wire.Finish,
+        data: LocalData,
+        hyperparameters: Hyperparameters,
+        rng: np.random.Generator,
+        corrections: Mapping[str, Vector] = MappingProxyType({}),
+    ) -> TrainingResult:
+        """What training makes of `model`; errors as `petalfl.training.train`."""
+        model = self.model
+        result = train(
+            model.engine, model.manifest, model.parameters, data, hyperparameters, rng,
+            shared=task.blocks, corrections=corrections, on_batch=self._on_batch,
+            max_seconds=self._budgets.seconds,
+            clock=lambda: time.monotonic() - self._pacing.rested_s,
+        )  # fmt: skip
+        if not result.num_examples:
+            raise ExampleError(f"the {self._budgets.seconds:g} s of its budget were over too soon")
+        return result
 
     def _left_out(self, task: wire.Task, error: PetalError) -> bool:
         self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
         return False
 
-    def _asked(self, local: LocalData, task: wire.Task) -> LocalData:
+    def _asked(self, local: LocalData, task: wire.Task | wire.Finish) -> LocalData:
         """Without what has come since the task was made: its shared blocks would be stale."""
         manifest = self.model.manifest
         held = manifest.blocks_for(local.modalities, local.tasks)
@@ -375,6 +435,15 @@ def _stored_vector(block: Block, data: bytes) -> Vector:
         raise StoreError(
             f"the stored parameters of block {block.name} do not fit the model: {error}"
         ) from error
+
+
+def _metrics(
+    round_num: int, result: TrainingResult, seconds: float, is_fine_tuning: bool = False
+) -> RoundMetrics:
+    return RoundMetrics(
+        round_num, result.loss, result.num_examples, result.num_steps, seconds,
+        result.is_complete, is_fine_tuning,
+    )  # fmt: skip
 
 
 def _number(name: str) -> int:
