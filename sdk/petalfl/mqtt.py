@@ -87,6 +87,7 @@ class MqttTransport:
         self._timeout_s = timeout_s
         self._handlers: dict[str, Handler] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._unacknowledged: set[int] = set()  # message ids
         self._connack: asyncio.Future[ReasonCode] | None = None
         self._lost = asyncio.Event()
         self._socket: socket.socket | None = None
@@ -101,7 +102,7 @@ class MqttTransport:
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = lambda c, u, m: dispatch(self._handlers, m.topic, bytes(m.payload))
-        client.on_publish = lambda c, u, mid, code, p: self._resolve("publish", mid, None)
+        client.on_publish = self._published
         client.on_subscribe = lambda c, u, mid, codes, p: self._resolve("subscribe", mid, codes)
         client.on_socket_open = self._socket_opened
         client.on_socket_close = self._socket_closed
@@ -128,6 +129,7 @@ class MqttTransport:
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
             raise TransportError(f"cannot publish on {topic}: {paho.error_string(info.rc)}")
+        self._unacknowledged.add(info.mid)
         await self._wait_for("publish", info.mid, f"{self._endpoint} took no message on {topic}")
 
     async def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -144,14 +146,23 @@ class MqttTransport:
             raise TransportError(f"{self._endpoint} refuses a subscription to {topic_filter}")
 
     async def close(self) -> None:
-        """See `Transport.close`; the last will is not published."""
+        """See `Transport.close`.
+
+        The broker publishes the last will only if it may lack something that was published: a
+        goodbye, for one, which a DISCONNECT would leave behind.
+        """
         self._handlers.clear()
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
-        self._client.disconnect()
-        for _ in range(100):  # paho closes the socket once the goodbye is written
+        if self._unacknowledged and self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._client.loop_read()  # finds the end, and closes the socket
+        else:
+            self._client.disconnect()
+        for _ in range(100):  # paho closes the socket once the DISCONNECT is written
             if self._socket is None:
                 break
             await asyncio.sleep(0.01)
@@ -225,6 +236,10 @@ class MqttTransport:
             raise TransportError(f"{complaint} in {self._timeout_s:g} s") from error
         finally:
             self._waiting.pop((kind, mid), None)
+
+    def _published(self, c: object, u: object, mid: int, code: object, p: object) -> None:
+        self._unacknowledged.discard(mid)
+        self._resolve("publish", mid, None)
 
     def _resolve(self, kind: str, mid: int, result: Any) -> None:
         future = self._waiting.get((kind, mid))

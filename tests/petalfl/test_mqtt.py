@@ -184,6 +184,27 @@ async def test_no_will_after_a_goodbye(connect: Opener) -> None:
     assert inbox.messages == [(STATUS, b"later")]
 
 
+async def test_the_will_stands_for_what_the_broker_did_not_take(
+    connect: Opener, broker: Broker, cable: Cable
+) -> None:
+    """A goodbye that no PUBACK came for is left behind by a DISCONNECT, which ends the will."""
+    server, inbox = await connect(is_server=True), Inbox()
+    await server.subscribe("fl/v1/f/dev/+/status", inbox)
+    device = MqttTransport(
+        Endpoint("127.0.0.1", cable.port), login=LOGIN, client_id="dev-1", will=(STATUS, b"gone"),
+        timeout_s=0.2,
+    )  # fmt: skip
+    await device.connect()
+    cable.stall()
+    with pytest.raises(TransportError, match="took no message"):
+        await device.publish(STATUS, b"goodbye", retain=True)
+    cable.num_stalled = 0  # what was swallowed stays lost, and the end comes through
+    await device.close()
+    assert device._socket is None
+    await inbox.wait_for((STATUS, b"gone"))
+    assert inbox.messages == [(STATUS, b"gone")]
+
+
 # Leaving nothing behind
 
 
