@@ -266,7 +266,7 @@ def make_broker_tls(settings: Settings) -> Tls | None:
     return tls
 
 
-SCHEMES = ("fm", "ph", "phf", "local")
+SCHEMES = ("fm", "ph", "phf", "local", "personal")
 _LONG_NAMES = {"full-model": "fm", "private-head": "ph", "private-head-fusion": "phf"}
 
 
@@ -274,12 +274,12 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
     """The blocks that a sharing scheme keeps on the devices.
 
     ``fm`` (full-model) shares all, ``ph`` (private-head) keeps the heads, ``phf``
-    (private-head-fusion) keeps heads and fusion, ``local`` shares nothing; the empty string is
-    the manifest's own default. Personal heads always stay. Frozen blocks are not among them:
-    they are nobody's to keep.
+    (private-head-fusion) keeps heads and fusion, ``local`` shares nothing, ``personal`` all but
+    personal heads, which always stay; the empty string is the manifest's own default. Frozen
+    blocks are not among them: they are nobody's to keep.
 
     Raises:
-        ConfigError: There is no such scheme.
+        ConfigError: There is no such scheme; or it is ``personal``, and the model has no such head.
 
     Source:
         BLOSSOM, arXiv:2603.27552.
@@ -289,10 +289,16 @@ def private_blocks(scheme: str, manifest: ModelManifest) -> tuple[str, ...]:
         "ph": ("head",),
         "phf": ("fusion", "head"),
         "local": ("encoder", "fusion", "head"),
+        "personal": (),
     }
     short = _LONG_NAMES.get(scheme, scheme)
     if short and short not in kept:
         raise ConfigError(f"unknown scheme {scheme!r}, expected one of {', '.join(SCHEMES)}")
+    if short == "personal" and not manifest.personal_heads:
+        raise ConfigError(
+            "scheme personal: the model has no personal head; export it with "
+            "BlockModel(…, personal_head=True)"
+        )
     return tuple(
         block.name
         for block in manifest.blocks

@@ -233,8 +233,9 @@ OPTIONS: tuple[Option, ...] = (
            is_of_server=True, is_reloadable=True),
     Option("scheme", _text, "",
            "what is shared: fm (full-model) all, ph (private-head) all but the heads, phf "
-           "(private-head-fusion) encoders, local nothing; the default is the manifest's "
-           "private_blocks. Frozen blocks are never sent", ROUNDS, "{fm,ph,phf,local}"),
+           "(private-head-fusion) encoders, local nothing, personal all but personal heads, which "
+           "always stay; the default is the manifest's private_blocks. Frozen blocks are never "
+           "sent", ROUNDS, "{fm,ph,phf,local,personal}"),
     Option("private-blocks", _names, (), "instead of a scheme: the blocks that stay on the devices",
            ROUNDS, "BLOCK,…"),
     Option("private-tensors", _names, (),

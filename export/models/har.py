@@ -82,7 +82,7 @@ class MlpHead(nn.Sequential):
         )
 
 
-def watch(seed: int = 0) -> BlockModel:
+def watch(seed: int = 0, personal_head: bool = False) -> BlockModel:
     """Accelerometer and gyroscope of a watch, 2 s at 50 Hz, seven shoulder exercises."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -93,4 +93,10 @@ def watch(seed: int = 0) -> BlockModel:
             head=MlpHead(256, len(WATCH_CLASSES)),
             examples={"acc": torch.randn(2, 3, 100), "gyro": torch.randn(2, 3, 100)},
             class_names=WATCH_CLASSES,
+            personal_head=personal_head,
         )
+
+
+def watch_personal(seed: int = 0) -> BlockModel:
+    """As `watch`, with a personal head."""
+    return watch(seed, personal_head=True)

@@ -295,7 +295,7 @@ def test_every_option_arrives(artifacts: Path, tmp_path: Path, configured: list[
 
 
 REFUSED = {
-    "--scheme full": "unknown scheme 'full', expected one of fm, ph, phf, local",
+    "--scheme full": "unknown scheme 'full', expected one of fm, ph, phf, local, personal",
     "--min-devices 0": "--min-devices: found 0, expected at least 1",
     "--batch-size 0": "--batch-size: 0 is outside [1, 65536]",
     "--batch-size 100000": "--batch-size: 100000 is outside",

@@ -20,7 +20,7 @@ PRIVATE = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PRIVATE)
 def test_a_scheme_keeps_blocks_by_their_kind(scheme: str) -> None:
     assert set(private_blocks(scheme, TINY)) == PRIVATE[scheme]
     assert len(private_blocks(scheme, TINY)) == len(PRIVATE[scheme])
@@ -43,7 +43,7 @@ def test_a_personal_head_stays_whatever_is_shared(scheme: str) -> None:
     assert head.task is not None
     twin = replace(head, name="head-personal", task=replace(head.task, personalizes="head"))
     manifest = replace(TINY, blocks=(*TINY.blocks, twin), private_blocks=())
-    kept = PRIVATE[scheme] if scheme else set()
+    kept = PRIVATE.get(scheme, set[str]())
     assert set(private_blocks(scheme, manifest)) == {*kept, "head-personal"}
 
 
@@ -51,7 +51,13 @@ def test_a_personal_head_stays_whatever_is_shared(scheme: str) -> None:
 def test_an_unknown_scheme_is_refused(scheme: str) -> None:
     with pytest.raises(ConfigError) as caught:
         private_blocks(scheme, TINY)
-    assert str(caught.value) == f"unknown scheme {scheme!r}, expected one of fm, ph, phf, local"
+    expected = "expected one of fm, ph, phf, local, personal"
+    assert str(caught.value) == f"unknown scheme {scheme!r}, {expected}"
+
+
+def test_scheme_personal_needs_a_personal_head() -> None:
+    with pytest.raises(ConfigError, match="the model has no personal head; export it with"):
+        private_blocks("personal", TINY)
 
 
 def test_the_tiny_model_is_a_valid_one(tmp_path: Path) -> None:
