@@ -1,6 +1,7 @@
 // A device: node client.mjs --url URL --token T --data data.json --store DIR [--device NAME]
 import { createHash, randomBytes } from "node:crypto";
 import { once } from "node:events";
+import { rmSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
@@ -19,6 +20,7 @@ const { values: options } = parseArgs({
 const { url, token, store = ".", federation = "default" } = options;
 const root = `${url}/v1/${federation}`;
 const stateFile = join(store, "state.msgpack");
+const ownFile = join(store, "fine-tuned.msgpack");
 const artifacts = join(store, "artifacts");
 
 /** The body of an answer, of that sha256 if one is given; `body` is posted as JSON. */
@@ -117,13 +119,19 @@ async function main() {
     await publish(topics.request, encode("ready", { modalities, tasks }), true);
   }
 
-  /** Says goodbye, if the broker is there to hear it, and exits. */
-  async function leave(status) {
-    const goodbye = publish(topics.status, offline, true).then(() => {
+  let farewell; // said once
+
+  /** If the broker is there to hear it. */
+  function goodbye() {
+    const said = () => publish(topics.status, offline, true).then(() => {
       mqtt.off("error", complain).on("error", () => {}); // heard: now the broker may hang up
       return mqtt.endAsync();
     });
-    await Promise.race([goodbye, sleep(2000)]);
+    return (farewell ??= Promise.race([said(), sleep(2000)]));
+  }
+
+  async function leave(status) {
+    await goodbye();
     process.exit(status);
   }
 
@@ -145,9 +153,12 @@ async function main() {
     return toVector(block, state.private[block.name] ?? read(initial));
   }
 
+  const starts = () => Object.fromEntries(held.map((block) => [block.name, startOf(block)]));
+
   /** Trains, then writes round, private blocks and outbox in one step. */
   async function trainRound(task) {
-    const before = Object.fromEntries(held.map((block) => [block.name, startOf(block)]));
+    rmSync(ownFile, { force: true }); // of an earlier finish
+    const before = starts();
     const draws = new Draws(task.seed, task.round_num, device);
     const names = Object.keys(task.blocks);
     const uploads = task.uploads ?? names;
@@ -174,6 +185,21 @@ async function main() {
     console.log(`round ${task.round_num}: loss ${result.loss.toFixed(4)}`);
   }
 
+  /** After the last round: the device's own model, which no round starts from. */
+  async function fineTune({ blocks, hyperparameters: h, seed = 0 }) {
+    const origin = JSON.stringify([state.round_num, Object.entries(blocks).sort(), h, seed]);
+    if (h && read(ownFile) && unpack(read(ownFile)).origin === origin) return; // it is made
+    rmSync(ownFile, { force: true });
+    if (!h) return;
+    const draws = new Draws(seed, 0, device);
+    const names = Object.keys(blocks);
+    const result = await train(engine, manifest, starts(), inputs, labels, h, draws, names);
+    const trained = held.filter((block) => !block.is_frozen).map((block) => block.name);
+    const vectors = trained.map((name) => [name, toBytes(result.parameters[name])]);
+    write(ownFile, pack({ origin, vectors: Object.fromEntries(vectors) }));
+    console.log(`fine-tuning: loss ${result.loss.toFixed(4)}`);
+  }
+
   /** Until all is delivered, or the server has gone on: then the rest no longer counts. */
   async function deliverOutbox() {
     for (const outgoing of state.outbox) {
@@ -198,11 +224,15 @@ async function main() {
       if (task.t === "finish" || task.round_num > state.round_num) {
         await fetchBlocks(task.blocks);
       }
-      if (task.t === "finish") break;
+      if (task.t === "finish") {
+        write(join(store, "shared.msgpack"), pack(shared)); // with state.msgpack, the final model
+        await goodbye(); // no round waits for this device
+        await fineTune(task);
+        break;
+      }
       if (task.round_num > state.round_num) await trainRound(task);
       if (task.round_num === state.round_num) await deliverOutbox();
     }
-    write(join(store, "shared.msgpack"), pack(shared)); // with state.msgpack, the final model
     await leave(0);
   } catch (error) {
     complain(error);

@@ -140,9 +140,21 @@ def assert_same_round(
     shared: tuple[str, ...] = SHARED,
 ) -> None:
     """The same start, batches and masks give the same blocks, losses and statistics."""
-    manifest, before = ModelManifest.load(artifacts), initial(artifacts)
+    before = initial(artifacts)
     made = train_in_node(artifacts, before, inputs, labels, hyperparameters, shared=shared)
-    draws = Replay(made)
+    assert_pythons(artifacts, before, made, inputs, labels, hyperparameters, shared)
+
+
+def assert_pythons(
+    artifacts: Path,
+    before: Mapping[str, Vector],
+    made: Round,
+    inputs: Mapping[str, NDArray[Any]],
+    labels: Labels,
+    hyperparameters: Hyperparameters,
+    shared: tuple[str, ...],
+) -> None:
+    manifest, draws = ModelManifest.load(artifacts), Replay(made)
     arrays = check_inputs(manifest, inputs)
     truths = check_labels(manifest, labels, len(next(iter(arrays.values()))))
     engine = OrtEngine(artifacts)
@@ -367,6 +379,33 @@ async def test_a_killed_device_goes_on(watch_artifacts: Path, tmp_path: Path) ->
                 client.close()
         assert (code, errors) == (0, "")
         assert server.get("status")["updates_accepted"] == rounds * 4
+
+
+def test_it_fine_tunes_as_python_does(watch_artifacts: Path, tmp_path: Path) -> None:
+    member, fine = three_devices()[2], replace(HYPERPARAMETERS, learning_rate=0.025, epochs=3)
+    words = (
+        *SCHEME, "--min-devices", "1", "--rounds", "1", "--proximal-mu", "0.1",
+        "--finish-epochs", "3", "--finish-rate", "0.5",
+    )  # fmt: skip
+    path = tmp_path / member.name / "fine-tuned.msgpack"
+    with running_server(watch_artifacts, tmp_path / "server", *words) as server:
+        code, out, errors = end(start(server, member, tmp_path))
+        assert (code, errors) == (0, "")
+        assert [line.split(":")[0] for line in out.splitlines()] == ["round 1", "fine-tuning"]
+        assert server.get("status")["updates_accepted"] == 2
+        shared = {block: server.block(block, 2) for block in SHARED}
+        kept = path.read_bytes()
+        assert end(start(server, member, tmp_path)) == (0, "", ""), "it is made already"
+        assert path.read_bytes() == kept
+    state = msgpack.unpackb((path.parent / "state.msgpack").read_bytes())
+    private = {name: np.frombuffer(data, "<f4") for name, data in state["private"].items()}
+    before = shared | private
+    made = train_in_node(watch_artifacts, before, member.data, member.labels, fine, round_num=0)
+    assert_pythons(watch_artifacts, before, made, member.data, member.labels, fine, SHARED)
+    vectors = msgpack.unpackb(kept)["vectors"]
+    assert vectors.keys() == made.parameters.keys()
+    for name, vector in made.parameters.items():
+        np.testing.assert_array_equal(np.frombuffer(vectors[name], "<f4"), vector)
 
 
 RESETS = """
