@@ -105,7 +105,7 @@ def _server(
         "--rounds", options.rounds, "--min-devices", options.devices, "--scheme", options.scheme,
         "--seed", options.seed, "--learning-rate", options.learning_rate,
         "--server-momentum", options.server_momentum, "--broker", options.broker,
-        "--codec", options.codec,
+        "--codec", options.codec, "--finish-epochs", options.finish_epochs,
     ]  # fmt: skip
     with running_server(artifacts, folder.path / "server", [str(a) for a in arguments]) as address:
         yield address
@@ -167,9 +167,12 @@ def _print_results(summary: dict[str, Any], out: Path) -> None:
         console = Console(width=140)
     console.print(table(summary))
     totals = summary["totals"]
+    finished = summary["mean_macro_f1_finished"]
     console.print(
         f"mean macro-F1 {summary['mean_macro_f1_before']:.3f} → "
-        f"{summary['mean_macro_f1_after']:.3f} in {totals['wall_s']:.0f} s; "
+        f"{summary['mean_macro_f1_after']:.3f}"
+        f"{f' → {finished:.3f} fine-tuned' if finished is not None else ''} "
+        f"in {totals['wall_s']:.0f} s; "
         f"{totals['updates_accepted']:,} block updates accepted\n"
         f"{out / 'summary.json'}\n{out / 'learning_curves.png'}",
         highlight=False,
@@ -187,6 +190,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         server_momentum=options.server_momentum,
         codec=options.codec,
         server=options.server,
+        finish_epochs=options.finish_epochs,
     )
 
 
@@ -255,6 +259,13 @@ def _parser() -> argparse.ArgumentParser:
     group("--learning-rate", type=float, default=0.05, metavar="LR", help="falls as a cosine")
     group("--server-momentum", type=float, default=0.5, metavar="BETA", help="FedAvgM, per block")
     group("--codec", default="f32", metavar="NAME", help="of updates; see python -m server --help")
+    group(
+        "--finish-epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after the last round every device fine-tunes alone; see python -m server --help",
+    )
     group = parser.add_argument_group("a server that runs already").add_argument
     group("--server", default="", metavar="URL", help="takes part there; its own settings hold")
     group("--token", default="", metavar="T", help="the join token that it printed")  # fmt: skip

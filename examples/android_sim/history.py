@@ -27,6 +27,7 @@ class Settings:
     server_momentum: float
     codec: str
     server: str
+    finish_epochs: int = 0
 
 
 class RunFolder:
@@ -47,7 +48,10 @@ class RunFolder:
         self.is_resumed = self._open(is_fresh)
 
     def record(self, device: str, round_num: int, metrics: Mapping[str, float]) -> None:
-        """Keeps a device's metrics after ``round_num`` rounds; 0 is before the first."""
+        """Keeps a device's metrics after ``round_num`` rounds; 0 is before the first.
+
+        Where devices finish by fine-tuning, that counts as one more.
+        """
         entry = {"device": device, "round_num": round_num, **metrics}
         with (self.path / "history.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")

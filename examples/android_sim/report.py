@@ -31,7 +31,8 @@ def summarize(
     """Joins what the server counted with what the devices measured.
 
     Args:
-        history: Of every device, before the first round (0) and after the last.
+        history: Of every device, before the first round (0) and after the last; one more where
+            devices fine-tune.
         wall_s: From the start of the devices to the end of the last round.
     """
     http = HttpClient(server.url)
@@ -40,7 +41,8 @@ def summarize(
         http.get_json(f"/v1/default/{what}") for what in ("status", "rounds", "devices")
     )
     last = max(history)
-    before, after = history[0], history[last]
+    finished = history[last] if settings.finish_epochs else {}
+    before, after = history[0], history[last - 1 if finished else last]
     for entry in rounds:
         entry["mean_macro_f1"] = _mean(history.get(entry["round_num"], {}), "macro_f1")
     return {
@@ -49,8 +51,10 @@ def summarize(
         "private_blocks": status["private_blocks"],
         "mean_macro_f1_before": _mean(before, "macro_f1"),
         "mean_macro_f1_after": _mean(after, "macro_f1"),
+        "mean_macro_f1_finished": _mean(finished, "macro_f1"),
         "mean_accuracy_before": _mean(before, "accuracy"),
         "mean_accuracy_after": _mean(after, "accuracy"),
+        "mean_accuracy_finished": _mean(finished, "accuracy"),
         "totals": {
             "wall_s": round(wall_s, 3),
             "rounds": status["round_num"],
@@ -66,6 +70,7 @@ def summarize(
                 "test_windows": len(device.data.test),
                 "before": before.get(device.name),
                 "after": after[device.name],
+                "finished": finished.get(device.name),
                 "traffic": traffic[device.name]["blocks"],
             }
             for device in devices
@@ -90,7 +95,9 @@ def table(summary: Mapping[str, Any]) -> Table:
     )
     for heading in ("device", "modalities", "shares"):
         result.add_column(heading)
-    for heading in ("train", "test", "F1 before", "F1 after", "acc. after", "MB up", "MB down"):
+    is_fine = summary["mean_macro_f1_finished"] is not None
+    scores = ["F1 before", "F1 after", "acc. after", *(["F1 fine-tuned"] if is_fine else [])]
+    for heading in ("train", "test", *scores, "MB up", "MB down"):
         result.add_column(heading, justify="right")
     for name, device in summary["devices"].items():
         traffic = device["traffic"].values()
@@ -105,6 +112,7 @@ def table(summary: Mapping[str, Any]) -> Table:
             f"{before['macro_f1']:.3f}" if before else "–",
             f"{device['after']['macro_f1']:.3f}",
             f"{device['after']['accuracy']:.3f}",
+            *([f"{device['finished']['macro_f1']:.3f}"] if is_fine else []),
             f"{sum(t['bytes_up'] for t in traffic) / 1e6:.1f}",
             f"{sum(t['bytes_down'] for t in traffic) / 1e6:.1f}",
         )
@@ -114,6 +122,7 @@ def table(summary: Mapping[str, Any]) -> Table:
         "mean / total", "", "", "", "",
         f"{summary['mean_macro_f1_before']:.3f}", f"{summary['mean_macro_f1_after']:.3f}",
         f"{summary['mean_accuracy_after']:.3f}",
+        *([f"{summary['mean_macro_f1_finished']:.3f}"] if is_fine else []),
         f"{totals['bytes_up'] / 1e6:.1f}", f"{totals['bytes_down'] / 1e6:.1f}",
         style="bold",
     )  # fmt: skip
@@ -128,11 +137,16 @@ def draw_curves(summary: Mapping[str, Any], history: History, path: Path) -> Non
     names = list(summary["devices"])
     rounds = [r for r, by_device in history.items() if set(names) <= by_device.keys()]
     scores = np.array([[history[r][name]["macro_f1"] for name in names] for r in rounds])
+    fine_tuned = None
+    if summary["finish_epochs"]:  # no round, but what comes after the last
+        fine_tuned, scores, rounds = scores[-1].mean(), scores[:-1], rounds[:-1]
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     low, high = np.quantile(scores, [0.1, 0.9], axis=1)
     axes.fill_between(rounds, low, high, alpha=0.15, color="black", label="10–90 % of devices")
     axes.plot(rounds, scores.mean(axis=1), color="black", linewidth=2.5, label="all devices, mean")
+    if fine_tuned is not None:
+        axes.plot(rounds[-1], fine_tuned, "k*", markersize=12, label="fine-tuned, mean")
     for kind, members in sorted(kinds.items()):
         columns = [names.index(name) for name in members]
         axes.plot(rounds, scores[:, columns].mean(axis=1), label=f"{kind} ({len(members)})")

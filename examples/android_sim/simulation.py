@@ -67,7 +67,7 @@ class Simulation:
         }
 
     async def run(self) -> dict[str, dict[str, float]]:
-        """The personalized models' metrics by device, after the last round.
+        """The personalized models' metrics by device, after the last round and the fine-tuning.
 
         Raises:
             PetalError: What the first failing device raised.
@@ -99,8 +99,10 @@ class Simulation:
 
     def _client(self, device: Device, server: ServerAddress) -> EdgeClient:
         def evaluate_and_tell(info: RoundInfo) -> None:
-            self._folder.record(device.name, info.round_num - 1, self._evaluate(device))
-            self._on_round(device, info)
+            trained = info.round_num if info.is_fine_tuning else info.round_num - 1
+            self._folder.record(device.name, trained, self._evaluate(device))
+            if not info.is_fine_tuning:
+                self._on_round(device, info)
 
         return EdgeClient(
             server.url,

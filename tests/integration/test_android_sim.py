@@ -86,6 +86,7 @@ def test_the_summary_holds_scores_and_totals(summary: dict[str, Any]) -> None:
         for when in ("before", "after"):
             assert 0 <= device[when]["macro_f1"] <= 1 and 0 <= device[when]["accuracy"] <= 1
     assert summary["mean_macro_f1_before"] < 0.25
+    assert summary["mean_macro_f1_finished"] is None, "no fine-tuning was asked for"
     totals = summary["totals"]
     assert totals["updates_accepted"] == 2 * sum(
         len(d["modalities"]) for d in summary["devices"].values()
@@ -94,6 +95,20 @@ def test_the_summary_holds_scores_and_totals(summary: dict[str, Any]) -> None:
     assert totals["bytes_up"] == sum(
         block["bytes_up"] for entry in summary["rounds"] for block in entry["blocks"].values()
     )
+
+
+def test_what_fine_tuning_comes_to_is_shown(tmp_path: Path, watch_artifacts: Path) -> None:
+    done = run("--devices", "3", "--rounds", "2", "--finish-epochs", "3", "--out",
+               str(tmp_path / "run"), "--artifacts", str(watch_artifacts))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    means = [summary[f"mean_macro_f1_{when}"] for when in ("before", "after", "finished")]
+    for when, mean in zip(("before", "after", "finished"), means, strict=True):
+        scores = [device[when]["macro_f1"] for device in summary["devices"].values()]
+        assert mean == pytest.approx(sum(scores) / 3)
+    assert means[2] not in means[:2]
+    assert summary["rounds"][-1]["mean_macro_f1"] == means[1]
+    assert "F1 fine-tuned" in done.stdout and f"→ {means[2]:.3f} fine-tuned in" in done.stdout
 
 
 def test_local_shares_nothing_and_still_trains(tmp_path: Path, watch_artifacts: Path) -> None:
