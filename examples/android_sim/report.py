@@ -146,7 +146,9 @@ def draw_curves(summary: Mapping[str, Any], history: History, path: Path) -> Non
     axes.fill_between(rounds, low, high, alpha=0.15, color="black", label="10–90 % of devices")
     axes.plot(rounds, scores.mean(axis=1), color="black", linewidth=2.5, label="all devices, mean")
     if fine_tuned is not None:
-        axes.plot(rounds[-1], fine_tuned, "k*", markersize=12, label="fine-tuned, mean")
+        axes.plot(
+            rounds[-1], fine_tuned, "k*", markersize=12, clip_on=False, label="fine-tuned, mean"
+        )
     for kind, members in sorted(kinds.items()):
         columns = [names.index(name) for name in members]
         axes.plot(rounds, scores[:, columns].mean(axis=1), label=f"{kind} ({len(members)})")

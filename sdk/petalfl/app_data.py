@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from numpy.typing import ArrayLike
@@ -13,6 +13,7 @@ from petalfl.errors import DataError
 from petalfl.examples import ExampleStore
 from petalfl.local_data import ArrayData, Example, LocalData, SequenceData, read_example
 from petalfl.local_model import LocalModel
+from petalfl.model import ModelManifest
 
 Data: TypeAlias = Mapping[str, ArrayLike] | ExampleStore | Sequence[Example]
 
@@ -91,6 +92,28 @@ class AppData:
                 if self._data is data:  # or other data has come meanwhile
                     self.local = local
         return self.local
+
+
+def only_asked(local: LocalData, manifest: ModelManifest, unasked: Collection[str]) -> LocalData:
+    """Without what has come since a task was made: its shared blocks would be stale.
+
+    Args:
+        unasked: The shared blocks that the task does not name.
+
+    Raises:
+        DataError: There is nothing left to train on.
+    """
+    held = manifest.blocks_for(local.modalities, local.tasks)
+    absent = [block for block in held if block.name in unasked]
+    modalities = {manifest.modality_of(b) for b in absent if b.kind == "encoder"}
+    tasks = {task for task, head in manifest.heads.items() if head in absent}
+    kept = [name for name in local.modalities if name not in modalities]
+    tasks_kept = [name for name in local.tasks if name not in tasks]
+    is_fusion = any(block.kind == "fusion" for block in absent)
+    if is_fusion or not kept or not tasks_kept:
+        names = ", ".join(block.name for block in absent)
+        raise DataError(f"the task lacks {names}, without which there is nothing to train")
+    return local.only(kept, tasks_kept) if absent else local
 
 
 def _checked(model: LocalModel, data: Data | None, labels: Labels | None) -> LocalData:

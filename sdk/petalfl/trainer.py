@@ -13,7 +13,7 @@ import numpy as np
 
 from petalfl import wire
 from petalfl.adoption import adopt
-from petalfl.app_data import AppData, Data
+from petalfl.app_data import AppData, Data, only_asked
 from petalfl.backoff import delays
 from petalfl.budgets import Budgets, fit_memory
 from petalfl.callbacks import Callbacks, RoundInfo, RoundMetrics
@@ -339,7 +339,8 @@ class Trainer:
             StoreError: The app's example store fails.
         """
         model, memory_bytes = self.model, self._budgets.memory_bytes
-        data = self._asked(self.data.refresh(model), task)
+        shared = {block.name for block in model.manifest.blocks if self.is_shared(block)}
+        data = only_asked(self.data.refresh(model), model.manifest, shared - task.blocks.keys())
         if memory_bytes is not None:
             held = model.manifest.blocks_for(data.modalities, data.tasks)
             hyperparameters = fit_memory(hyperparameters, held, memory_bytes)
@@ -368,21 +369,6 @@ class Trainer:
     def _left_out(self, task: wire.Task, error: PetalError) -> bool:
         self._callbacks.survived(DataError(f"round {task.round_num} is left out: {error}"))
         return False
-
-    def _asked(self, local: LocalData, task: wire.Task | wire.Finish) -> LocalData:
-        """Without what has come since the task was made: its shared blocks would be stale."""
-        manifest = self.model.manifest
-        held = manifest.blocks_for(local.modalities, local.tasks)
-        unasked = [b for b in held if self.is_shared(b) and b.name not in task.blocks]
-        modalities = {manifest.modality_of(b) for b in unasked if b.kind == "encoder"}
-        tasks = {task for task, head in manifest.heads.items() if head in unasked}
-        kept = [name for name in local.modalities if name not in modalities]
-        tasks_kept = [name for name in local.tasks if name not in tasks]
-        is_fusion = any(b.kind == "fusion" for b in unasked)
-        if is_fusion or not kept or not tasks_kept:
-            names = ", ".join(b.name for b in unasked)
-            raise DataError(f"the task lacks {names}, without which there is nothing to train")
-        return local.only(kept, tasks_kept) if unasked else local
 
     def _keep(self, state: State) -> None:
         """Writes the state; while the disk has no room for it, tries again, and nothing is sent."""
