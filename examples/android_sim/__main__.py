@@ -33,6 +33,8 @@ from .simulation import Device, Interrupted, Simulation, default_num_threads
 def main(arguments: list[str] | None = None) -> int:
     """Runs the emulation; 0 at its end, 2 on an error, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
+    if options.scheme is None:
+        options.scheme = "" if options.artifacts else "personal"
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     console = Console(stderr=True)
     try:
@@ -98,9 +100,8 @@ def _server(
     artifacts = options.artifacts or folder.path / "artifacts"
     if options.artifacts is None and not artifacts.exists():
         with console.status("exporting the watch model") as status:
-            export_model(
-                har.watch(options.seed), artifacts, lambda step: status.update(f"export: {step}")
-            )
+            model = har.watch(options.seed, personal_head=options.scheme == "personal")
+            export_model(model, artifacts, lambda step: status.update(f"export: {step}"))
     arguments = [
         "--rounds", options.rounds, "--min-devices", options.devices, "--scheme", options.scheme,
         "--seed", options.seed, "--learning-rate", options.learning_rate,
@@ -220,9 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--scheme",
         choices=SCHEMES,
-        default="phf",
-        help="what is shared: fm all blocks, ph all "
-        "but the head, phf the encoders, local nothing (the control)",
+        help="what is shared: fm all blocks, ph all but the head, phf the encoders, local nothing "
+        "(the control), personal all, with a private head beside the shared one; the default is "
+        "personal, and with --artifacts what the model says",
     )
     add("--rounds", type=_positive, default=60, metavar="R", help="rounds of one local epoch each")
     add(
@@ -254,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "--artifacts",
         type=Path,
         metavar="DIR",
-        help="an exported model; the default exports export.models.har:watch",
+        help="an exported model; the default exports the one of export/models/har.py",
     )
     group("--learning-rate", type=float, default=0.05, metavar="LR", help="falls as a cosine")
     group("--server-momentum", type=float, default=0.5, metavar="BETA", help="FedAvgM, per block")
@@ -262,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     group(
         "--finish-epochs",
         type=int,
-        default=0,
+        default=30,
         metavar="N",
         help="after the last round every device fine-tunes alone; see python -m server --help",
     )

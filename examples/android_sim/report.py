@@ -83,7 +83,8 @@ def scheme_of(private_blocks: Sequence[str]) -> str:
     """The sharing scheme's name, as `--scheme` has it."""
     if any(name.startswith("encoder-") for name in private_blocks):
         return "local"
-    return {0: "fm", 1: "ph", 2: "phf"}[len(private_blocks)]
+    others = [name for name in private_blocks if not name.endswith("-personal")]
+    return {0: "personal" if private_blocks else "fm", 1: "ph", 2: "phf"}[len(others)]
 
 
 def table(summary: Mapping[str, Any]) -> Table:

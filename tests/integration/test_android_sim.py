@@ -19,7 +19,7 @@ from examples.android_sim.__main__ import main
 pytestmark = pytest.mark.usefixtures("numpy_reducer")  # but the one whose summary is looked at
 
 REPOSITORY = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "examples.android_sim"]
+COMMAND = [sys.executable, "-m", "examples.android_sim", "--finish-epochs", "0"]
 ENCODER_BYTES = 4 * 150_976
 
 
@@ -41,7 +41,7 @@ def leftovers(out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("demo") / "run"
-    done = run("--devices", "5", "--rounds", "2", "--out", str(out))
+    done = run("--devices", "5", "--rounds", "2", "--scheme", "phf", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "macro-F1" in done.stdout and "subject-01-left" in done.stdout
     assert (out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -97,9 +97,9 @@ def test_the_summary_holds_scores_and_totals(summary: dict[str, Any]) -> None:
     )
 
 
-def test_what_fine_tuning_comes_to_is_shown(tmp_path: Path, watch_artifacts: Path) -> None:
+def test_a_personal_head_and_what_fine_tuning_comes_to(tmp_path: Path) -> None:
     done = run("--devices", "3", "--rounds", "2", "--finish-epochs", "3", "--out",
-               str(tmp_path / "run"), "--artifacts", str(watch_artifacts))  # fmt: skip
+               str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     means = [summary[f"mean_macro_f1_{when}"] for when in ("before", "after", "finished")]
@@ -108,6 +108,9 @@ def test_what_fine_tuning_comes_to_is_shown(tmp_path: Path, watch_artifacts: Pat
         assert mean == pytest.approx(sum(scores) / 3)
     assert means[2] not in means[:2]
     assert summary["rounds"][-1]["mean_macro_f1"] == means[1]
+    assert (summary["scheme"], summary["private_blocks"]) == ("personal", ["head-personal"])
+    for device in summary["devices"].values():
+        assert {*device["blocks_held"]} == {*device["traffic"], "head-personal"}
     assert "F1 fine-tuned" in done.stdout and f"→ {means[2]:.3f} fine-tuned in" in done.stdout
 
 
