@@ -61,7 +61,10 @@ def section(setting: Setting, figure: str) -> str:
         f"After the finish:\n\n{tables.scores_table(setting, 'finished')}",
     ]
     if differences := tables.differences_table(setting):
-        parts.append(f"Paired differences after the finish, seed by seed:\n\n{differences}")
+        parts.append(
+            "Paired differences in points, seed by seed, and gains over the full model (the "
+            f"paper's, on average: {tables.paper_gains()}):\n\n{differences}"
+        )
     if unseen := tables.unseen_table(setting):
         parts.append(f"People that took no part:\n\n{unseen}")
     parts.append(f"What a device sends in all rounds:\n\n{tables.traffic_table(setting)}")

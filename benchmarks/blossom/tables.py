@@ -17,7 +17,10 @@ from .results import Line
 from .schemes import SCHEMES
 
 VARIED = ("scheme", "regime", "missing", "seed")  # within a table; all else is its setting
-PAIRS = (("phf", "fm"), ("ph", "fm"), ("phf", "local"))
+PAIRS = (
+    ("phf", "fm"), ("ph", "fm"), ("phf", "local"),
+    ("two-heads", "fm"), ("two-heads", "phf"), ("two-heads", "local"),
+)  # fmt: skip
 PAPER_GAINS = {"incomplete": 18.7, "exclusive": 37.7}  # %, BLOSSOM's averages over full-model
 RISING_POINTS = 1.0  # a curve that gains more in its last fifth than this has not converged
 
@@ -125,21 +128,27 @@ def differences_table(setting: Setting) -> str:
     """Paired differences, seed by seed, in points; and the relative gain next to the paper's."""
     rows = []
     for regime, missing in setting.columns():
-        for better, worse in PAIRS:
-            a, b = setting.of(better, regime, missing), setting.of(worse, regime, missing)
-            gain = ""
-            if worse == "fm" and regime in PAPER_GAINS and missing == "mask":
-                gain = f"{_relative(a, b, setting.metric)} (paper, on average: "
-                gain += f"{PAPER_GAINS[regime]:+.1f} %)"
-            rows.append((f"{better} – {worse}", _heading(regime, missing),
-                         _paired(a, b, setting.metric), gain))  # fmt: skip
+        pairs = {
+            f"{better} – {worse}": [setting.of(s, regime, missing) for s in (better, worse)]
+            for better, worse in PAIRS
+        }
         if missing == "zero":
-            a, b = setting.of("fm", regime, "mask"), setting.of("fm", regime, "zero")
-            rows.append(("fm, mask – zero", regime, _paired(a, b, setting.metric), ""))
-    known = [row for row in rows if row[2] != NOT_RUN]
-    if not known:
-        return ""
-    return _table(["difference", "regime", "points", "relative gain"], known)
+            pairs["fm, mask – zero"] = [setting.of("fm", regime, m) for m in ("mask", "zero")]
+        for name, (a, b) in pairs.items():
+            cells = [name, _heading(regime, missing)]
+            for stage in ("final", "finished"):
+                cells += [_paired(a, b, stage, setting.metric), ""]
+                if name.endswith("– fm") and regime in PAPER_GAINS and missing == "mask":
+                    cells[-1] = _relative(a, b, stage, setting.metric)
+            if a.keys() & b.keys():
+                rows.append(cells)
+    headings = ("difference", "regime", "last round", "gain", "after the finish", "gain")
+    return _table(headings, rows) if rows else ""
+
+
+def paper_gains() -> str:
+    """In words."""
+    return ", ".join(f"{regime} {gain:+.1f} %" for regime, gain in PAPER_GAINS.items())
 
 
 def unseen_table(setting: Setting) -> str:
@@ -197,7 +206,7 @@ def codecs_table(lines: Iterable[Line]) -> str:
                 cell["dataset"], _heading(cell["regime"], cell["missing"]), f"`{cell['scheme']}`",
                 f"`{codec}`", f"{sent:.2f}", f"{full / sent:.1f} ×" if sent else "–",
                 mean_and_spread(scores),
-                "" if codec == "f32" else _paired(chosen, plain, metric),
+                "" if codec == "f32" else _paired(chosen, plain, "finished", metric),
                 f"{np.mean(scores) / sent:.2f}" if sent else "–",
             ])  # fmt: skip
     headings = ("data", "regime", "scheme", "codec", "MB up per device", "fewer bytes",
@@ -234,18 +243,16 @@ def _mb_up(lines: Iterable[Line]) -> float:
     return float(np.mean(of_cells)) / 1e6
 
 
-def _paired(a: Mapping[int, Line], b: Mapping[int, Line], metric: str) -> str:
+def _paired(a: Mapping[int, Line], b: Mapping[int, Line], stage: str, metric: str) -> str:
     seeds = sorted(a.keys() & b.keys())
-    values = [100 * (a[s]["finished"][metric] - b[s]["finished"][metric]) for s in seeds]
+    values = [100 * (a[s][stage][metric] - b[s][stage][metric]) for s in seeds]
     text = mean_and_spread(values)
     return text if text.startswith("-") or not values else f"+{text}"
 
 
-def _relative(a: Mapping[int, Line], b: Mapping[int, Line], metric: str) -> str:
+def _relative(a: Mapping[int, Line], b: Mapping[int, Line], stage: str, metric: str) -> str:
     seeds = sorted(a.keys() & b.keys())
-    if not seeds:
-        return NOT_RUN
-    ours, theirs = (sum(x[s]["finished"][metric] for s in seeds) for x in (a, b))
+    ours, theirs = (sum(x[s][stage][metric] for s in seeds) for x in (a, b))
     ratio = ours / theirs if theirs else math.inf
     return f"{100 * (ratio - 1):+.1f} %"
 
