@@ -123,10 +123,12 @@ def make_config(name: str, settings: Settings, manifest: ModelManifest) -> Confi
         hyperparameters=hyperparameters,
         schedule=value["schedule"] or ("cosine" if value["rounds"] else "constant"),
         seed=value["seed"],
-        server_optimizer=_server_optimizer(settings),
+        server_optimizer=_server_optimizer(settings, manifest),
         has_scaffold=value["scaffold"],
         is_deterministic=value["deterministic"],
-        fine_tuning=_fine_tuning(hyperparameters, value["finish_epochs"], value["finish_rate"]),
+        fine_tuning=_fine_tuning(
+            hyperparameters, _finish_epochs(settings, manifest), value["finish_rate"]
+        ),
         **{key: value[key] for key in _AS_THEY_ARE},
     )
     _check(config, settings, manifest)
@@ -183,10 +185,16 @@ def _check_scaffold(config: Config, settings: Settings) -> None:
             )
 
 
-def _server_optimizer(settings: Settings) -> str:
+PERSONAL_OPTIMIZER, PERSONAL_FINISH_EPOCHS = "momentum:0.5", 30  # docs/results.md: two-heads
+
+
+def _server_optimizer(settings: Settings, manifest: ModelManifest) -> str:
     """``server_momentum`` is short for an optimizer."""
     beta, named = settings["server_momentum"], settings["server_optimizer"]
     if not beta.value:
+        is_open = (beta.source, named.source) == ("default", "default")
+        if is_open and manifest.personal_heads and settings["mode"].value == "sync":
+            return PERSONAL_OPTIMIZER
         return str(named.value)
     if named.source != "default":
         raise ConfigError(
@@ -208,6 +216,13 @@ def _hyperparameters(settings: Settings) -> Hyperparameters:
     except ValueError as error:
         name, _, reason = str(error).removeprefix("-.").partition(":")
         raise ConfigError(f"{_label(name, settings)}:{reason}") from error
+
+
+def _finish_epochs(settings: Settings, manifest: ModelManifest) -> int:
+    epochs = settings["finish_epochs"]
+    if epochs.source == "default" and manifest.personal_heads:
+        return PERSONAL_FINISH_EPOCHS
+    return int(epochs.value)
 
 
 def _fine_tuning(

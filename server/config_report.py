@@ -22,9 +22,14 @@ def as_text(effective: Effective, configs: Mapping[str, Config]) -> str:
             *_table(settings, is_of_server=False),
             f"  private blocks: {', '.join(config.private_blocks) or 'none'}",
             f"  private tensors: {', '.join(config.private_tensors) or 'none'}",
-            f"  schedule: {config.schedule}; server optimizer: {config.server_optimizer}",
+            f"  schedule: {config.schedule}; server optimizer: {config.server_optimizer}; "
+            f"fine-tuning: {_finish_epochs(config)} epochs",
         ]
     return "\n".join(lines)
+
+
+def _finish_epochs(config: Config) -> int:
+    return config.fine_tuning.epochs if config.fine_tuning else 0
 
 
 def as_json(effective: Effective, configs: Mapping[str, Config]) -> str:
@@ -37,6 +42,7 @@ def as_json(effective: Effective, configs: Mapping[str, Config]) -> str:
             "private_tensors": list(configs[name].private_tensors),
             "schedule": configs[name].schedule,
             "server_optimizer": configs[name].server_optimizer,
+            "finish_epochs": _finish_epochs(configs[name]),
         }
         for name, settings in effective.federations.items()
     }

@@ -288,8 +288,9 @@ OPTIONS: tuple[Option, ...] = (
            "weighted-mean, median, trimmed-mean:SHARE, krum:ATTACKERS, canonical and more: "
            "docs/strategies.md", RULES, "RULE", is_reloadable=True),
     Option("server-optimizer", _rule(parse_optimizer), "sgd",
-           "sgd, momentum:BETA, adam, yogi, adagrad, orthogonal: docs/strategies.md", RULES,
-           "RULE", is_reloadable=True),
+           "sgd, momentum:BETA, adam, yogi, adagrad, orthogonal: docs/strategies.md; of a model "
+           "with a personal head, and in mode sync, the default is momentum:0.5", RULES, "RULE",
+           is_reloadable=True),
     Option("server-momentum", _from(0), 0.0, "short for --server-optimizer momentum:BETA", RULES,
            "BETA", is_reloadable=True),
     Option("weighting", _rule(parse_weighting), "examples",
@@ -339,7 +340,8 @@ OPTIONS: tuple[Option, ...] = (
            "N", is_reloadable=True),
     Option("finish-epochs", _at_least(0, MAX_EPOCHS), 0,
            "after the last round every device fine-tunes all its blocks alone, for so many epochs: "
-           "its own model, which does not leave it; 0: none", TRAINING, "N", is_reloadable=True),
+           "its own model, which does not leave it; 0: none; of a model with a personal head the "
+           "default is 30", TRAINING, "N", is_reloadable=True),
     Option("finish-rate", _above(0, "a share above 0, of 1 at most", 1.0), 0.1,
            "of that, as a share of --learning-rate", TRAINING, "SHARE", is_reloadable=True),
     Option("seed", _at_least(0), 0, "of cohorts, shuffling and dropout", TRAINING, "N"),

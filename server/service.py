@@ -264,7 +264,7 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
     shared = [b.name for b in manifest.blocks if b.name not in (*config.private_blocks, *frozen)]
     rounds = f"{config.num_rounds} rounds" if config.num_rounds else "rounds until stopped"
     pace = "asynchronous, once" if config.is_async else "each with"
-    is_default = config.federation == DEFAULT_NAME
+    is_default, tuning = config.federation == DEFAULT_NAME, config.fine_tuning
     name = "" if is_default else f"federation={config.federation!r}, "
     lines = [
         f"petalfl serves federation {config.federation!r} of model {manifest.name!r}",
@@ -272,6 +272,7 @@ def _welcome(manifest: ModelManifest, config: Config, broker: Broker, url: str, 
         f"  private    {', '.join((*config.private_blocks, *config.private_tensors)) or 'nothing'}",
         *([f"  frozen     {', '.join(frozen)}"] if frozen else []),
         f"  rounds     {rounds}, {pace} at least {config.min_devices} devices",
+        *([f"  finish     {tuning.epochs} epochs of fine-tuning on each device"] if tuning else []),
         f"  http       {url}",
         f"  broker     {broker.device_endpoint(urlsplit(url).hostname or '')}",
         f"  data       {config.data_dir}",

@@ -131,6 +131,14 @@ def make_manifest(*blocks: Block) -> ModelManifest:
     return ModelManifest(2, "tiny", modalities, blocks, "mask", optimizers)
 
 
+def with_personal_head(manifest: ModelManifest) -> ModelManifest:
+    """The same with one beside its head."""
+    head = manifest.block("head")
+    assert head.task is not None
+    twin = replace(head, name="head-personal", task=replace(head.task, personalizes="head"))
+    return replace(manifest, blocks=(*manifest.blocks, twin))
+
+
 def make_config(artifacts: Path, data_dir: Path, **changes: Any) -> Config:
     plain = Config(
         artifacts=artifacts,

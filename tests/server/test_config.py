@@ -7,7 +7,7 @@ import pytest
 
 from petalfl.model import ModelManifest
 from server.config import SCHEMES, ConfigError, private_blocks
-from tests.server.builders import LAYOUT, make_block, make_manifest
+from tests.server.builders import LAYOUT, make_block, make_manifest, with_personal_head
 
 TINY = make_manifest(*[make_block(name, *layout)[0] for name, layout in LAYOUT.items()])
 LATE_FUSION = replace(TINY, blocks=tuple(b for b in TINY.blocks if b.kind != "fusion"))
@@ -39,10 +39,7 @@ def test_without_a_scheme_the_manifest_decides(default: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("scheme", ["", *SCHEMES])
 def test_a_personal_head_stays_whatever_is_shared(scheme: str) -> None:
-    head = TINY.block("head")
-    assert head.task is not None
-    twin = replace(head, name="head-personal", task=replace(head.task, personalizes="head"))
-    manifest = replace(TINY, blocks=(*TINY.blocks, twin), private_blocks=())
+    manifest = replace(with_personal_head(TINY), private_blocks=())
     kept = PRIVATE.get(scheme, set[str]())
     assert set(private_blocks(scheme, manifest)) == {*kept, "head-personal"}
 

@@ -21,7 +21,14 @@ from server.config import ConfigError, PerBlock, make_config
 from server.options import BY_KEY, OPTIONS
 from server.service import _Reloading
 from server.settings import PREFIX, Effective, Setting, resolve, take_over
-from tests.server.builders import LAYOUT, Site, make_block, make_manifest, settle
+from tests.server.builders import (
+    LAYOUT,
+    Site,
+    make_block,
+    make_manifest,
+    settle,
+    with_personal_head,
+)
 
 TINY = make_manifest(*[make_block(name, *layout)[0] for name, layout in LAYOUT.items()])
 TWO = """
@@ -183,6 +190,25 @@ def test_what_devices_do_after_the_last_round_has_nothing_of_the_rounds(tmp_path
         assert found == Hyperparameters(
             rate, momentum=0.25, batch_size=4, epochs=epochs, max_grad_norm=2.0
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "optimizer", "epochs"),
+    [
+        ("", "momentum:0.5", 30),
+        ('server_optimizer = "sgd"', "sgd", 30),
+        ("server_momentum = 0.25", "momentum:0.25", 30),
+        ("finish_epochs = 0", "momentum:0.5", 0),
+        ('mode = "async"', "sgd", 30),
+    ],
+)
+def test_a_model_with_a_personal_head_has_other_defaults(
+    text: str, optimizer: str, epochs: int, tmp_path: Path
+) -> None:
+    settings = from_file(tmp_path, f'artifacts = "a"\n{text}').federations["default"]
+    config = make_config("x", settings, with_personal_head(TINY))
+    assert config.server_optimizer == optimizer
+    assert (config.fine_tuning.epochs if config.fine_tuning else 0) == epochs
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
