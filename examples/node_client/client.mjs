@@ -75,7 +75,8 @@ async function main() {
   const { inputs, labels } = toTensors(manifest, examples);
   const tasks = Object.keys(labels);
   const held = heldBlocks(manifest, modalities, tasks);
-  const isShared = (block) => !block.is_frozen && !privateBlocks.includes(block.name);
+  const isOwn = (block) => block.is_frozen || block.task?.personalizes; // whatever the server says
+  const isShared = (block) => !isOwn(block) && !privateBlocks.includes(block.name);
   await fetchArtifacts(manifest, held, isShared, login);
   const engine = new Engine(artifacts);
   let state = unpack(read(stateFile) ?? pack({ round_num: 0, private: {}, outbox: [] }));

@@ -421,6 +421,6 @@ class EdgeClient:
     def _get_ready(self) -> None:
         trainer, data = self._trainer, self._trainer.data
         assert trainer.identity is not None
-        self._downlink.fetch_model(data.modalities, data.tasks, trainer.identity.private_blocks)
+        self._downlink.fetch_model(data.modalities, data.tasks, trainer.identity.shares)
         trainer.reload_model()
         trainer.check_data()

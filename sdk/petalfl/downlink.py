@@ -84,15 +84,15 @@ class Downlink:
         self,
         modalities: Collection[str],
         tasks: Collection[str] | None,
-        private_blocks: Collection[str],
+        is_shared: Callable[[Block], bool],
     ) -> None:
         """Brings manifest and artifacts of the device's own blocks up to date in the store.
 
         Args:
             modalities: The device's; empty means all of the model's.
             tasks: Those that it has labels of; None means all.
-            private_blocks: Their initial values are fetched too, as those of frozen blocks;
-                shared ones come as versions.
+            is_shared: Of a block: whether it comes as versions; of others the initial values are
+                fetched.
 
         Raises:
             ModelError: The manifest is unusable, has none of the modalities or tasks, or names
@@ -106,7 +106,7 @@ class Downlink:
         files = list(manifest.optimizers.values())
         for block in manifest.blocks_for(modalities or manifest.modalities, tasks):
             files.extend(block.artifacts.graphs)
-            if block.is_frozen or block.name in private_blocks:
+            if not is_shared(block):
                 files.append(block.artifacts.parameters)
         self._fetch_artifacts(files)
         if changed is not None:

@@ -72,8 +72,9 @@ class Identity:
     private_tensors: Annotated[tuple[_TensorName, ...], Limit(0, 4096)] = ()
 
     def shares(self, block: Block) -> bool:
-        """Whether the block's deltas may leave this device."""
-        return not block.is_frozen and block.name not in self.private_blocks
+        """Whether the block's deltas may leave this device; a personal head's never do."""
+        is_own = block.is_frozen or block.is_personal
+        return not is_own and block.name not in self.private_blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from petalfl.local_data import ArrayData
 from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.steps import predict_outputs
+from petalfl.store import Identity
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import from_bytes
 
@@ -98,6 +99,12 @@ def test_both_train_and_the_prediction_is_their_mean(
     np.testing.assert_allclose(trained.predict_proba(inputs), both, atol=1e-6)
     accuracy = float((both.argmax(axis=1) == labels).mean())
     assert trained.evaluate(inputs, labels)["accuracy"] == pytest.approx(accuracy)
+
+
+def test_no_server_gets_it(manifest: ModelManifest) -> None:
+    identity = Identity("default", "dev-1", "x" * 43, private_blocks=())
+    shared = [block.name for block in manifest.blocks if identity.shares(block)]
+    assert shared == ["encoder-a", "encoder-b", "fusion", "head"]
 
 
 @pytest.mark.parametrize(
