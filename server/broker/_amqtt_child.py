@@ -29,7 +29,7 @@ from typing import Any
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker as AmqttBroker
 from amqtt.contexts import Action
-from amqtt.errors import AMQTTError
+from amqtt.errors import AMQTTError, ProtocolHandlerError
 from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 
@@ -317,7 +317,20 @@ def main() -> None:
         os._exit(1)
 
 
+def quiet_cut_offs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Passes on what tasks fail with, but for a connection that is lost amid a message.
+
+    amqtt cancels the message's task then, makes an error of the cancellation, and awaits neither.
+    The sender has no acknowledgement and sends again.
+    """
+    if isinstance(context.get("exception"), ProtocolHandlerError):
+        logger.debug("a connection was lost amid a message: %s", context["exception"])
+    else:
+        loop.default_exception_handler(context)
+
+
 async def _serve_and_exit() -> None:
+    asyncio.get_running_loop().set_exception_handler(quiet_cut_offs)
     await serve()
     os._exit(0)  # at once: amqtt's tasks may swallow their cancellation
 

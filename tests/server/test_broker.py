@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -503,6 +504,28 @@ async def test_delivery_is_checked_too() -> None:
     ):
         session.username = user
         assert await broker._topic_filtering(session, topic, Action.RECEIVE) is expected
+
+
+async def test_a_connection_lost_amid_a_message_is_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """amqtt leaves such a task's error behind; what else a task leaves is told of."""
+    from amqtt.errors import ProtocolHandlerError
+
+    from server.broker._amqtt_child import quiet_cut_offs
+
+    async def fail(error: Exception) -> None:
+        raise error
+
+    asyncio.get_running_loop().set_exception_handler(quiet_cut_offs)
+    for error in (ProtocolHandlerError("Packet handling was cancelled"), KeyError("a bug")):
+        task = asyncio.create_task(fail(error))
+        await asyncio.sleep(0)
+        del task, error
+        gc.collect()
+    told = [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+    assert len(told) == 1
+    assert "KeyError('a bug')" in told[0]
 
 
 def read_to_end(raw: socket.socket) -> bytes:
