@@ -41,7 +41,7 @@ def summarize(
         http.get_json(f"/v1/default/{what}") for what in ("status", "rounds", "devices")
     )
     last = max(history)
-    finished = history[last] if settings.finish_epochs else {}
+    finished = history[last] if last > status["round_num"] else {}
     before, after = history[0], history[last - 1 if finished else last]
     for entry in rounds:
         entry["mean_macro_f1"] = _mean(history.get(entry["round_num"], {}), "macro_f1")
@@ -139,7 +139,7 @@ def draw_curves(summary: Mapping[str, Any], history: History, path: Path) -> Non
     rounds = [r for r, by_device in history.items() if set(names) <= by_device.keys()]
     scores = np.array([[history[r][name]["macro_f1"] for name in names] for r in rounds])
     fine_tuned = None
-    if summary["finish_epochs"]:  # no round, but what comes after the last
+    if summary["mean_macro_f1_finished"] is not None:  # no round, but what comes after the last
         fine_tuned, scores, rounds = scores[-1].mean(), scores[:-1], rounds[:-1]
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -95,8 +95,3 @@ def watch(seed: int = 0, personal_head: bool = False) -> BlockModel:
             class_names=WATCH_CLASSES,
             personal_head=personal_head,
         )
-
-
-def watch_personal(seed: int = 0) -> BlockModel:
-    """As `watch`, with a personal head."""
-    return watch(seed, personal_head=True)

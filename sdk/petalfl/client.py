@@ -311,7 +311,7 @@ class EdgeClient:
         """Makes `run` return within a batch; from any thread.
 
         A round that is being trained is given up and trained again next time, as is fine-tuning;
-        an update on its way stays in the outbox. A pause ends with it. `close` waits until that.
+        an update on its way stays in the outbox. A pause ends with it. `close` waits for it.
         """
         with self._lifecycle:  # after a beginning, which forgets it, or before
             self._is_stopped = True

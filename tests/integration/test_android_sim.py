@@ -204,6 +204,22 @@ def exit_code_of(arguments: list[str]) -> object:
         return error.code
 
 
+def test_whether_devices_fine_tune_is_for_the_server_to_say(
+    tmp_path: Path, watch_artifacts: Path
+) -> None:
+    """One that runs already has its own settings, whatever is asked for here."""
+    from examples.android_sim.server_process import running_server
+
+    arguments = ["--rounds", "2", "--min-devices", "3"]
+    with running_server(watch_artifacts, tmp_path / "data", arguments) as address:
+        done = run("--server", address.url, "--token", address.token, "--devices", "3",
+                   "--finish-epochs", "3", "--json", "--out", str(tmp_path / "run"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["mean_macro_f1_finished"] is None
+    assert summary["mean_macro_f1_after"] == summary["rounds"][-1]["mean_macro_f1"]
+
+
 def test_a_wrong_token_is_refused(tmp_path: Path, watch_artifacts: Path) -> None:
     from examples.android_sim.server_process import running_server
 
