@@ -28,7 +28,7 @@ import numpy as np
 
 import petalfl.participation
 import petalfl.uplink
-from petalfl import EdgeClient, ExampleStore, PetalError, wire
+from petalfl import EdgeClient, ExampleStore, PetalError, RoundInfo, wire
 from petalfl.downlink import Downlink
 from petalfl.http import HttpClient
 from petalfl.mqtt import MqttTransport
@@ -48,7 +48,8 @@ class Setup:
 
     Attributes:
         pause_s: How much longer each step takes.
-        hold_at: The message, ``Chunk 3`` for instance, before which it waits ...
+        hold_at: Where it waits: before a message, ``Chunk 3`` for instance, or, by ``round 2``,
+            between a round's blocks and its training ...
         until: ... for this file to be there.
         receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
         examples: A folder of an `ExampleStore` to train on, filled if it is empty; "": of arrays.
@@ -132,6 +133,13 @@ def main(setup: Setup) -> None:
     tell_steps(setup.pause_s)
     if setup.hold_at:
         hold_up(setup.hold_at, Path(setup.until))
+
+    def begin(info: RoundInfo) -> None:
+        line = f"round {info.round_num}"
+        say(line)
+        if line == setup.hold_at:
+            wait_for(Path(setup.until))
+
     if setup.mqtt_port:
         Downlink.get_session = lambda self: Session(  # type: ignore[method-assign]
             "127.0.0.1", setup.mqtt_port, mqtt_is_tls=False
@@ -152,7 +160,7 @@ def main(setup: Setup) -> None:
         labels=labels,
         store=setup.store,
         device=setup.device,
-        on_round=lambda info: say(f"round {info.round_num}"),
+        on_round=begin,
         on_metrics=lambda metrics: say(f"examples {metrics.num_examples}"),
         on_progress=lambda done, total: step("training", setup.pause_s),
         on_error=tell_error,
@@ -227,6 +235,12 @@ def tell_steps(pause_s: float) -> None:
         setattr(owner, name, function)
 
 
+def wait_for(file: Path) -> None:
+    say("wait")
+    while not file.exists():
+        time.sleep(0.01)
+
+
 def hold_up(point: str, until: Path) -> None:
     """Waits before a message goes out, the first time, until a file is there."""
     kind, _, number = point.partition(" ")
@@ -240,9 +254,7 @@ def hold_up(point: str, until: Path) -> None:
         if type(wire.decode(payload)).__name__ == kind:
             seen += 1
             if seen == int(number):
-                say("wait")
-                while not until.exists():
-                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(wait_for, until)
         await publish(self, topic, payload, retain=retain)
 
     MqttTransport.publish = publish_later  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -80,14 +80,17 @@ def test_the_disk_of_a_device(
     folder.mkdir()
     disk = make_disk(folder)
     arguments = (*ALONE, "--rounds", "3")
+    filled = tmp_path / "filled"
+    held: dict[str, Any] = {"hold_at": "round 2", "until": str(filled), "within": disk.within}
     with (
         running_server(watch_artifacts, tmp_path / "server", *arguments) as server,
-        faulty_device(server.url, server.token, folder / "store", within=disk.within) as process,
+        faulty_device(server.url, server.token, folder / "store", **held) as process,
     ):
         state = Path(f"/proc/{process.pid}/root{folder}/store/state.msgpack")
-        read_until(process, "round 2")
+        read_until(process, "wait")
         disk.fill(process.pid)
         before = state.read_bytes()
+        filled.touch()
         for _ in range(3):
             error = read_until(process, "error")
             assert error.startswith("error StoreError: cannot write")
@@ -103,12 +106,15 @@ def test_the_disk_of_a_device(
 def test_the_disk_of_the_server(watch_artifacts: Path, tmp_path: Path) -> None:
     """What it cannot keep it does not accept; the device sends it again when there is room."""
     arguments = (*ALONE, "--rounds", "2")
+    filled = tmp_path / "filled"
+    held: dict[str, Any] = {"hold_at": "round 1", "until": str(filled)}
     with (
         running_server(watch_artifacts, tmp_path / "server", *arguments) as server,
-        faulty_device(server.url, server.token, tmp_path / "store") as process,
+        faulty_device(server.url, server.token, tmp_path / "store", **held) as process,
     ):
-        read_until(process, "round 1")
+        read_until(process, "wait")
         limit_files(server.pid, FILE_BYTES)
+        filled.touch()
         for _ in range(12):
             read_until(process, "upload")
         assert server.get("status")["updates_accepted"] == 0
