@@ -326,7 +326,8 @@ def _merge_parser() -> _Parser:
     add("--to", type=Path, required=True, metavar="FILE", help="model.pt or model.onnx")
     _add_weights(parser, is_required=False)
     add("--private", type=Path, metavar="STORE",
-        help="a device's store, for its private blocks; close its client first")  # fmt: skip
+        help="a device's store, for its private blocks, or for all that it has fine-tuned after "
+        "the last round; close its client first")  # fmt: skip
     add("--modalities", type=_names, metavar="A,B",
         help="inputs of model.onnx (default: all); the others are absent for good")  # fmt: skip
     return parser

@@ -39,7 +39,8 @@ def merge(
         weights: A server's data folder, or the URL of a running server.
         token: Its join token, with a URL.
         federation: Its name on that server.
-        private: A device's store, for its private blocks and tensors. No client may have it open.
+        private: A device's store, for its private blocks and tensors, or for all its blocks where
+            it has fine-tuned them. No client may have it open.
         modalities: Those that the ONNX graph takes; None means all.
         progress: Told the blocks downloaded and their total.
 

@@ -147,13 +147,16 @@ def server_weights(
 def store_weights(
     folder: Path, manifest: ModelManifest, shared: Mapping[str, Weights]
 ) -> dict[str, Weights]:
-    """What a device's store has of its own: private blocks, and blocks with private tensors.
+    """What a device's store has of its own, as the device predicts with it.
+
+    That is all its blocks where it has fine-tuned them after the last round, and else its private
+    blocks, and blocks with private tensors.
 
     Args:
         shared: By block, what lies around private tensors.
 
     Raises:
-        StoreError: There is no store, it is open or damaged, or it has nothing private.
+        StoreError: There is no store, it is open or damaged, or it has nothing of its own.
         ModelError: They are of another model.
     """
     if not (folder / "identity.json").is_file():
@@ -161,20 +164,25 @@ def store_weights(
     store = DeviceStore(folder)
     try:
         identity, state = store.read_identity(), store.read_state()
-        data = store.read_file(MANIFEST_NAME)
+        data, fine_tuned = store.read_file(MANIFEST_NAME), store.read_fine_tuned()
     finally:
         store.close()
     if data is not None:
         _check_same(f"the device store {folder}", ModelManifest.from_json(data), manifest)
     blocks = {block.name: block for block in manifest.blocks if not block.is_frozen}
-    if not state.private and not state.private_tensors:
+    own_model = fine_tuned.vectors if fine_tuned and fine_tuned.is_of(state) else {}
+    if not state.private and not state.private_tensors and not own_model:
         raise StoreError(
-            f"{folder} holds no private blocks: the device shares all, or has not trained yet"
+            f"{folder} holds no private blocks and no fine-tuned ones: the device shares all, or "
+            "has not trained yet"
         )
     check_tensors(manifest, state.private_tensors)
-    if foreign := sorted(state.private.keys() - blocks.keys()):
+    if foreign := sorted((state.private.keys() | own_model.keys()) - blocks.keys()):
         raise StoreError(f"{folder} holds {foreign[0]}, which is no block of {manifest.name!r}")
     origin = f"device {identity.device}" if identity else "device"
+    if own_model:
+        origin += ", fine-tuned"
+        return {name: Weights(_vector(blocks[name], own_model[name]), origin) for name in own_model}
     weights = {
         name: Weights(_vector(blocks[name], vector), origin)
         for name, vector in state.private.items()

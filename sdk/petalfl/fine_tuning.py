@@ -45,7 +45,7 @@ class OwnModel:
         """Takes the store's, if it was made from this state; raises `StoreError`."""
         self._origin, self.vectors = "", {}
         kept = self._store.read_fine_tuned()
-        if kept is None or (kept.round_num, kept.layout) != (state.round_num, state.layout):
+        if kept is None or not kept.is_of(state):
             return
         here = [block for block in held if block.name in kept.vectors]
         self.vectors = {b.name: from_bytes(kept.vectors[b.name], b.size) for b in here}

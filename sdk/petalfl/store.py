@@ -141,6 +141,10 @@ class FineTuned:
     layout: Annotated[str, Limit(0, 64)]
     vectors: Annotated[dict[Name, _VectorBytes], Limit(1, 128)]
 
+    def is_of(self, state: State) -> bool:
+        """Whether it was made from this state."""
+        return (self.round_num, self.layout) == (state.round_num, state.layout)
+
 
 class DeviceStore:
     """Opens the folder for this process alone; a second opening is refused.

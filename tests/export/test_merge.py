@@ -26,7 +26,7 @@ from petalfl.local_model import LocalModel
 from petalfl.model import ModelManifest, read_artifact
 from petalfl.reference import Reference, take_steps
 from petalfl.steps import predict_outputs
-from petalfl.store import DeviceStore, Identity, State
+from petalfl.store import DeviceStore, FineTuned, Identity, State
 from petalfl.vectors import Vector, from_bytes, to_bytes
 from server.state import Closing, NewVersion, ServerState
 from tests.export.tiny import small
@@ -569,6 +569,30 @@ def test_a_devices_private_tensors_go_into_shared_blocks(tied: Exported, tmp_pat
     np.testing.assert_array_equal(found.vector[-3:], bias)
     np.testing.assert_array_equal(found.vector[:-3], shared.vector[:-3])
     assert {w.origin for n, w in merged.items() if n != "head-kind"} == {"server, version 10"}
+
+
+def test_what_a_device_has_fine_tuned_goes_before_its_private_blocks(
+    tied: Exported, tmp_path: Path
+) -> None:
+    mine = {"head-kind": tied.vectors["head-kind"] + 1}
+    own = {name: to_bytes(tied.vectors[name] + 2) for name in ("fusion", "head-kind")}
+    expected = "device car-7, fine-tuned"
+    for round_num, private, origin in (
+        (3, mine, expected),
+        (3, {}, expected),  # a device that shares all has fine-tuned blocks, too
+        (2, mine, "device car-7"),  # made before the last round: the device has dropped it, or will
+    ):
+        store = DeviceStore(fill_store(tmp_path / f"{round_num}-{len(private)}", private))
+        store.write_fine_tuned(FineTuned("a" * 64, round_num, "", own))
+        store.close()
+        merged = merge(
+            tied.artifacts, tmp_path / "model.pt", weights=tied.data, private=store.folder
+        )
+        found = {name: weights.origin for name, weights in merged.items()}
+        assert found["head-kind"] == origin
+        assert found["fusion"] == (expected if origin == expected else "server, version 10")
+        added = merged["head-kind"].vector - tied.vectors["head-kind"]
+        np.testing.assert_allclose(added, 2 if origin == expected else 1, rtol=1e-6)
 
 
 def test_stores_that_do_not_fit(
