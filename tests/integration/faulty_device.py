@@ -3,8 +3,9 @@
     python -m tests.integration.faulty_device '{"url": …, "token": …, "store": …}'
 
 It prints a line for every step of its round: ``download``, ``training``, ``store``, ``upload`` and
-``receipt``; ``round N``; ``writing`` and ``kept`` with a digest of the private blocks, around every
-write of them; ``error`` with what the app is told; and ``wait`` where it is held up.
+``receipt``; ``round N``, and ``fine-tuning`` after the last; ``writing`` and ``kept`` with a digest
+of the private blocks, around every write of them; ``error`` with what the app is told; and ``wait``
+where it is held up.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def main(setup: Setup) -> None:
         hold_up(setup.hold_at, Path(setup.until))
 
     def begin(info: RoundInfo) -> None:
-        line = f"round {info.round_num}"
+        line = "fine-tuning" if info.is_fine_tuning else f"round {info.round_num}"
         say(line)
         if line == setup.hold_at:
             wait_for(Path(setup.until))

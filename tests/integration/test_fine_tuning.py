@@ -13,13 +13,16 @@ import pytest
 
 from petalfl import EdgeClient, RoundInfo, RoundMetrics
 from petalfl.local_data import ArrayData
+from petalfl.store import DeviceStore, FineTuned
 from petalfl.trainer import _number
 from petalfl.training import Hyperparameters, train
 from petalfl.vectors import Vector
+from tests.integration.faulty_device import faulty_device, read_to_the_end, read_until
 from tests.integration.harness import (
     SCHEME,
     Device,
     Server,
+    assert_counted_once,
     running_server,
     take_part,
     three_devices,
@@ -121,3 +124,31 @@ def test_the_server_has_seen_two_rounds(federation: tuple[Server, list[Seen]]) -
     assert late.infos == [RoundInfo(0, 0, is_fine_tuning=True)]
     up = {name: one["blocks"] for name, one in server.get("devices").items()}
     assert all(block["bytes_up"] == 0 for block in up["late"].values())
+
+
+def test_a_device_killed_amid_it_does_it_again(watch_artifacts: Path, tmp_path: Path) -> None:
+    """Whatever it was at, what it makes is in the end the same, bit for bit."""
+    folder = tmp_path / "store"
+    words = (*SCHEME, *FINISH, "--min-devices", "1", "--epochs", "1")
+    with running_server(watch_artifacts, tmp_path / "server", *words) as server:
+        for phase in ("training", "store"):
+            with faulty_device(server.url, server.token, folder, pause_s=0.05) as process:
+                read_until(process, "fine-tuning")
+                read_until(process, phase)
+                process.kill()
+        made = []
+        for _ in range(2):
+            with faulty_device(server.url, server.token, folder) as process:
+                read_to_the_end(process)
+            made.append(own_of(folder))
+            (folder / "fine-tuned.msgpack").unlink()
+        assert made[0] is not None and made[0] == made[1]
+        assert_counted_once(server, num_rounds=2, num_devices=1)
+
+
+def own_of(folder: Path) -> FineTuned | None:
+    store = DeviceStore(folder)
+    try:
+        return store.read_fine_tuned()
+    finally:
+        store.close()
