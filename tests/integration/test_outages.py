@@ -105,11 +105,13 @@ def gone_after_round_1(
             running_server(artifacts, folder / "server", *ALONE, "--rounds", "2")
         )
         http = stack.enter_context(lossy_proxy(port_of(server.url)))
-        url = f"http://127.0.0.1:{http.port}"
+        url, gone = f"http://127.0.0.1:{http.port}", folder / "gone"
+        options |= {"hold_at": "round 1", "until": str(gone)}
         device = faulty_device(url, server.token, folder / "store", **options)
         process = stack.enter_context(device)
-        read_until(process, "round 1")
+        read_until(process, "wait")
         http.vanish()
+        gone.touch()
         yield server, http, process
 
 
