@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,11 +73,16 @@ def test_stop_does_not_wait_for_the_next_question(monkeypatch: pytest.MonkeyPatc
     assert outcome == ["stopped"]
 
 
-def test_rests_are_counted() -> None:
-    pacing = Pacing()
+def test_rests_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pacing, clock_s = Pacing(), iter([10.0, 13.5])
+
+    def monotonic() -> float:
+        pacing.resume()  # looked at when a rest begins, and after it
+        return next(clock_s)
+
+    monkeypatch.setattr("petalfl.pacing.time", SimpleNamespace(monotonic=monotonic))
     pacing.wait()
     assert pacing.rested_s == 0
     pacing.pause()
-    threading.Timer(0.05, pacing.resume).start()
     pacing.wait()
-    assert pacing.rested_s >= 0.04
+    assert pacing.rested_s == 3.5
