@@ -159,7 +159,7 @@ def test_close_ends_what_was_started(busy: Server, make: Make, when: str) -> Non
     client.start()
     assert when == "at once" or is_training.wait(30)
     client.close()
-    assert not [t for t in threading.enumerate() if t.name == "petalfl"]
+    assert client._thread is not None and not client._thread.is_alive()
 
 
 @pytest.mark.parametrize("callback", ["on_round", "on_progress", "on_metrics"])

@@ -191,15 +191,18 @@ def test_nothing_is_written_after_run_has_returned(
 ) -> None:
     """Even if a callback is slow when the client is stopped."""
     started = threading.Event()
+    client: EdgeClient
 
     def dawdle(done: int, total: int) -> None:
         started.set()
+        until(lambda: client._pacing.is_stopping, "the stop")
         time.sleep(0.2)
 
     async def scenario() -> None:
+        nonlocal client
         client = make(busy, "d", on_progress=dawdle)
         run = asyncio.create_task(client.arun())
-        await asyncio.to_thread(started.wait, 30)
+        assert await asyncio.to_thread(started.wait, 30)
         client.stop()
         await asyncio.wait_for(run, 30)
         client.close()
@@ -219,11 +222,11 @@ def test_a_cancelled_run_ends_its_training(busy: Server, make: Make) -> None:
 
         def dawdle(done: int, total: int) -> None:
             started.set()
-            time.sleep(0.05)
+            until(lambda: client._pacing.is_stopping, "the end")
 
         client = make(busy, "d", on_progress=dawdle)
         run = asyncio.create_task(client.arun())
-        await asyncio.to_thread(started.wait, 30)
+        assert await asyncio.to_thread(started.wait, 30)
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(run, 30)
