@@ -74,6 +74,11 @@ class Cable:
         for relay in self._relays:
             relay.cancel()
 
+    def unmute(self) -> None:
+        """Breaks the connections that were made while it was mute; new ones come through."""
+        self.is_mute = False
+        self.cut()
+
     def stall(self) -> None:
         """Swallows what the connections there are carry, without breaking them."""
         self.num_stalled = self.num_connections
@@ -166,5 +171,4 @@ async def settled(sockets: int, tasks: int) -> None:
     await until(
         lambda: (open_sockets(), len(asyncio.all_tasks())) == (sockets, tasks),
         f"{sockets} sockets and {tasks} tasks: {open_sockets()} and {asyncio.all_tasks()}",
-        3,
     )

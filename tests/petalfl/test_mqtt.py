@@ -191,10 +191,10 @@ async def test_the_will_stands_for_what_the_broker_did_not_take(
     server, inbox = await connect(is_server=True), Inbox()
     await server.subscribe("fl/v1/f/dev/+/status", inbox)
     device = MqttTransport(
-        Endpoint("127.0.0.1", cable.port), login=LOGIN, client_id="dev-1", will=(STATUS, b"gone"),
-        timeout_s=0.2,
-    )  # fmt: skip
+        Endpoint("127.0.0.1", cable.port), login=LOGIN, client_id="dev-1", will=(STATUS, b"gone")
+    )
     await device.connect()
+    device._timeout_s = 0.2
     cable.stall()
     with pytest.raises(TransportError, match="took no message"):
         await device.publish(STATUS, b"goodbye", retain=True)
@@ -255,6 +255,7 @@ async def test_a_failed_connect_leaves_nothing(broker: Broker, cable: Cable) -> 
         with pytest.raises(TransportError):
             await transport.connect()
         assert transport._socket is None
+        await until(lambda: cable.num_connections == 1, "the other end")
         cable.cut()
         await settled(sockets, tasks)
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 import petalfl.mqtt
 from petalfl.errors import TransportError
-from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.mqtt import KEEPALIVE_S, Endpoint, MqttTransport
 from server.broker import Broker
 from tests.petalfl.cable import (
     CHUNK,
@@ -109,7 +110,8 @@ async def test_what_a_break_cannot_be_mended_for_is_told_once(
         await cable.plug()
         await until(lambda: len(told) > 1, "the second reason")
         assert "sent no CONNACK in 0.2 s" in told[1]
-        cable.is_mute, device._timeout_s = False, 30
+        device._timeout_s = 30
+        cable.unmute()
         await until(lambda n=number: len(calls) == n, "on_connect")  # type: ignore[misc]
         told.clear()
 
@@ -128,7 +130,8 @@ async def test_subscribing_during_a_break(connect: Opener, cable: Cable) -> None
 
 
 async def test_a_publish_gives_up_in_time(connect: Opener, cable: Cable) -> None:
-    device = await connect(port=cable.port, timeout_s=0.3)
+    device = await connect(port=cable.port)
+    device._timeout_s = 0.3
     await cable.pull()
     with pytest.raises(TransportError, match=f"took no message on {UP} in 0.3 s"):
         await device.publish(UP, b"x")
@@ -144,7 +147,7 @@ async def test_broker_killed_and_started_again(
     await device.subscribe(f"{DOWN}/+", answers)
     broker._keeper.cancel()  # type: ignore[attr-defined]  # the next one is the test's own
     os.kill(broker._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-    await asyncio.sleep(0.1)
+    await broker._child.wait()  # type: ignore[attr-defined]  # and its port is free
     publishing = asyncio.create_task(device.publish(STATUS, b"during", retain=True))
     again = await start_broker(tmp_path, stack, f"embedded:{broker.endpoint.port}")
     server = await connect(is_server=True, login=again.server_login)
@@ -170,7 +173,8 @@ async def test_a_broker_that_is_silent_for_a_while(cable: Cable) -> None:
         cable.is_mute, device._timeout_s = True, 0.2
         cable.cut()
         await until(lambda: cable.num_connections >= 4, "a third attempt")
-        cable.is_mute, device._timeout_s = False, 30
+        device._timeout_s = 30
+        cable.unmute()
         await until(lambda: bool(calls), "on_connect")
         await device.publish(UP, b"x")
     finally:
@@ -196,13 +200,23 @@ async def test_a_peer_that_fell_silent_is_given_up(
     connect: Opener, cable: Cable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dead radio link breaks no socket: only the missing answers to pings tell."""
-    monkeypatch.setattr("petalfl.mqtt.KEEPALIVE_S", 2)
+    ahead_s, calls = 0.0, list[None]()
+    monkeypatch.setattr("paho.mqtt.client.time_func", lambda: time.monotonic() + ahead_s)
     monkeypatch.setattr("petalfl.mqtt.MISC_INTERVAL_S", 0.05)
-    calls: list[None] = []
     device = await connect(port=cable.port, on_connect=lambda: calls.append(None))
-    await asyncio.sleep(4)  # alive and idle: pings keep it, the broker waits 3 s
+    for _ in range(3):  # alive and idle: pings keep it
+
+        def is_answered(num_bytes: int = cable.num_bytes) -> bool:
+            return cable.num_bytes == num_bytes + 4 and not device._client._ping_t
+
+        ahead_s += KEEPALIVE_S
+        await until(is_answered, "an answer to a ping")
     assert (cable.num_connections, calls) == (1, [])
     cable.stall()
+    ahead_s += KEEPALIVE_S
+    await until(lambda: device._client._ping_t > 0, "a ping")
+    assert calls == [], "its answer may still come"
+    ahead_s += KEEPALIVE_S
     await until(lambda: bool(calls), "on_connect")
     assert cable.num_connections == 2
     await device.publish(UP, b"x")
