@@ -1,10 +1,10 @@
 """`ExampleStore`: what the sensors have seen, kept on the device for training.
 
-Segment files ``<first id>.examples`` hold records and only ever grow at the end, until the oldest
-are deleted whole. A record is three little-endian uint32 (length, crc32 of the payload, crc32 of
-these two) and its payload, a msgpack map: ``{id, time_s, inputs, labels}``, or ``{id, labels}`` for
-labels that came later. These go into the segment of their example, so that both are dropped as
-one. ``state.msgpack`` is one such record, replaced atomically: ids reserved, and the clock.
+Segment files ``<first id>.examples`` hold records (`petalfl.records`) and only ever grow at the
+end, until the oldest are deleted whole. A record is ``{id, time_s, inputs, labels}``, or ``{id,
+labels}`` for labels that came later. These go into the segment of their example, so that both are
+dropped as one. ``state.msgpack`` is one such record, replaced atomically: ids reserved, and the
+clock.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ import functools
 import logging
 import math
 import os
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import msgpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from petalfl.data import Labels
 from petalfl.errors import DataError, StoreError
 from petalfl.files import sync_folder, write_atomic
+from petalfl.records import NO_TASK, Arrays, Span, framed, pack, pack_labels, records, unpack
 
 log = logging.getLogger("petalfl.examples")
 
@@ -39,12 +37,6 @@ MIN_BYTES = 1 << 12
 _NUM_SEGMENTS = 16  # of a full store; the share that is dropped at a time
 _STATE_BYTES = 256  # of state.msgpack and of the file that replaces it, together
 _NUM_RESERVED = 1024  # ids, at a time
-_PREFIX, _CRC = struct.Struct("<II"), struct.Struct("<I")
-_HEADER_BYTES = _PREFIX.size + _CRC.size
-_NO_TASK = ""  # of labels that were given without one
-
-Arrays: TypeAlias = dict[str, NDArray[Any]]
-Span: TypeAlias = tuple[int, int]  # of a record, in its segment
 
 
 class Examples(NamedTuple):
@@ -165,7 +157,7 @@ class ExampleStore:
                 ``max_bytes``.
             StoreError: The disk is full or broken; the example was not kept, all others are.
         """
-        packed = {"inputs": _pack("modality", inputs), "labels": _pack_labels(labels)}
+        packed = {"inputs": pack("modality", inputs), "labels": pack_labels(labels)}
         with self._opened("append to"):
             self._advance()
             self._save_when_due()
@@ -184,7 +176,7 @@ class ExampleStore:
             DataError: No such example, or it has been dropped; or as `append`.
             StoreError: As `append`; the example has the labels it had.
         """
-        record = {"id": int(example_id), "labels": _pack_labels(labels)}
+        record = {"id": int(example_id), "labels": pack_labels(labels)}
         if record["labels"] is None:
             raise DataError(f"labels of example {example_id}: found None")
         with self._opened("write to"):
@@ -297,7 +289,7 @@ class ExampleStore:
         is_late = abs(self._wall_s - self._saved_s) > self._max_age_s / 8
         if self._next_id >= self._reserved or is_late:
             reserved = self._next_id + _NUM_RESERVED
-            write_atomic(self._state, _framed([reserved, self._time_s, self._wall_s]))
+            write_atomic(self._state, framed([reserved, self._time_s, self._wall_s]))
             self._reserved, self._saved_s = reserved, self._wall_s
 
     @property
@@ -331,7 +323,7 @@ class ExampleStore:
     def _load_segment(self, path: Path) -> float:
         """Reads one segment, cuts off what is damaged at its end, returns its newest time."""
         segment, data, num_lost, newest_s = _Segment(path), path.read_bytes(), 0, -math.inf
-        for (start, stop), record in _records(data):
+        for (start, stop), record in records(data):
             if record is None:
                 num_lost += 1
                 continue
@@ -372,7 +364,7 @@ class ExampleStore:
         return self._segments[-1]
 
     def _frame(self, record: Mapping[str, Any]) -> bytes:
-        frame = _framed(record)
+        frame = framed(record)
         if len(frame) > self._segment_bytes:
             raise DataError(
                 f"an example or its labels of {len(frame)} bytes: expected {self._segment_bytes} "
@@ -480,35 +472,13 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
 # Records.
 
 
-def _framed(record: object) -> bytes:
-    payload: bytes = msgpack.packb(record)
-    prefix = _PREFIX.pack(len(payload), zlib.crc32(payload))
-    return prefix + _CRC.pack(zlib.crc32(prefix)) + payload
-
-
-def _records(data: bytes) -> Iterator[tuple[Span, Any]]:
-    """What lies in a segment, None for a damaged record; ends where no record can begin."""
-    start = 0
-    while start + _HEADER_BYTES <= len(data):
-        body = start + _HEADER_BYTES
-        prefix = data[start : start + _PREFIX.size]
-        length, crc = _PREFIX.unpack(prefix)
-        is_framed = _CRC.unpack_from(data, start + _PREFIX.size) == (zlib.crc32(prefix),)
-        if not is_framed or body + length > len(data):
-            return
-        payload = data[body : body + length]
-        is_intact = zlib.crc32(payload) == crc
-        yield (start, body + length), msgpack.unpackb(payload) if is_intact else None
-        start = body + length
-
-
 def _read_state(path: Path) -> tuple[int, float, float] | None:
     """First id that is not reserved, time and wall clock; None when it is not there or damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    for _, record in _records(data):
+    for _, record in records(data):
         return None if record is None else tuple(record)
     return None
 
@@ -519,13 +489,13 @@ def _read(
     """Inputs and labels of an example; None, and a warning, when they were damaged since."""
     found = []
     for start, stop in (entry.span, entry.label_span):
-        record = next((r for _, r in _records(os.pread(file, stop - start, start))), None)
+        record = next((r for _, r in records(os.pread(file, stop - start, start))), None)
         if record is None:
             log.warning("%s is damaged: left out an example", entry.segment.path)
             return None
         found.append(record)
     inputs, labels = found[0]["inputs"], found[1]["labels"]
-    return _unpack(inputs, modalities), _unpack(labels, tasks)
+    return unpack(inputs, modalities), unpack(labels, tasks)
 
 
 def _fitting(
@@ -553,7 +523,7 @@ def _stacked(
     (inputs, labels), *_ = examples
     by_modality = {n: np.stack([x[n] for x, _ in examples]) for n in sorted(inputs)}
     by_task = {t: np.stack([y[t] for _, y in examples]) for t in sorted(labels)}
-    return by_modality, by_task[_NO_TASK] if by_task.keys() == {_NO_TASK} else by_task
+    return by_modality, by_task[NO_TASK] if by_task.keys() == {NO_TASK} else by_task
 
 
 def _alike(examples: dict[int, tuple[Arrays, Arrays]]) -> dict[int, tuple[Arrays, Arrays]]:
@@ -572,47 +542,6 @@ def _alike(examples: dict[int, tuple[Arrays, Arrays]]) -> dict[int, tuple[Arrays
     return alike
 
 
-# Arrays.
-
-
-def _pack_labels(labels: Labels | None) -> dict[str, Any] | None:
-    if labels is None:
-        return None
-    if isinstance(labels, Mapping):
-        return _pack("task", labels)
-    return {_NO_TASK: _pack_array("labels", labels)}
-
-
-def _pack(kind: str, arrays: Mapping[str, ArrayLike]) -> dict[str, Any]:
-    if not arrays:
-        raise DataError(f"an example of no {kind}: expected one at least")
-    for name in arrays:
-        if not isinstance(name, str) or not name:
-            raise DataError(f"{kind} {name!r}: expected a name")
-    return {name: _pack_array(f"{kind} {name}", array) for name, array in arrays.items()}
-
-
-def _pack_array(where: str, value: ArrayLike) -> tuple[str, tuple[int, ...], bytes]:
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # lists of unequal lengths
-        raise DataError(f"{where}: found no array: {error}") from error
-    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-        raise DataError(f"{where}: found {array.dtype}, expected numbers of 64 bits at most")
-    if not np.isfinite(array).all():
-        raise DataError(f"{where}: found NaN or infinity")
-    dtype = array.dtype.newbyteorder("<")
-    return dtype.str, array.shape, array.astype(dtype, copy=False).tobytes()
-
-
-def _unpack(packed: Mapping[str, Any], names: Iterable[str]) -> Arrays:
-    arrays = {}
-    for name in names:
-        dtype, shape, data = packed[name]
-        arrays[name] = np.frombuffer(data, dtype).reshape(shape)
-    return arrays
-
-
 @functools.lru_cache
 def _names(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names)  # one for all examples alike
@@ -623,4 +552,4 @@ def _named(asked: Iterable[str] | None, there: Iterable[frozenset[str]]) -> froz
 
 
 def _listed(names: frozenset[str], kind: str) -> str:
-    return f"any {kind}" if names <= {_NO_TASK} else f"{kind} " + ", ".join(sorted(names))
+    return f"any {kind}" if names <= {NO_TASK} else f"{kind} " + ", ".join(sorted(names))

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from petalfl.errors import DataError, StoreError
-from petalfl.examples import _STATE_BYTES, FLUSH_EVERY, MIN_BYTES, ExampleStore, _framed
+from petalfl.examples import _STATE_BYTES, FLUSH_EVERY, MIN_BYTES, ExampleStore
+from petalfl.records import framed
 
 DAY_S = 86400.0
 
@@ -506,7 +507,7 @@ def test_a_lost_or_damaged_state(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_a_segment_of_another_version(tmp_path: Path) -> None:
-    (tmp_path / f"{0:016d}.examples").write_bytes(_framed({"version": 9}))
+    (tmp_path / f"{0:016d}.examples").write_bytes(framed({"version": 9}))
     with pytest.raises(StoreError, match="is not readable by this version"):
         ExampleStore(tmp_path)
     with pytest.raises(StoreError, match="is not readable"):  # the lock was given back
