@@ -28,6 +28,12 @@ def main(url: str, token: str, store: str, point: str) -> None:
     device = three_devices()[0]
     hang_at(point)
     who: dict[str, Any] = {"identity": token} if url.startswith("mqtt") else {"token": token}
+
+    def hang_in_training(done: int, total: int) -> None:
+        print("here", flush=True)
+        while not client._pacing.is_stopping:
+            time.sleep(0.01)
+
     client = EdgeClient(
         url,
         **who,
@@ -45,14 +51,10 @@ def note_round(info: RoundInfo) -> None:
     print("round", info.round_num, flush=True)
 
 
-def hang_in_training(done: int, total: int) -> None:
-    print("here", flush=True)
-    time.sleep(1)
-
-
 def hang_at(point: str) -> None:
     """Points: the message type and number at which it hangs, ``noted``: the last receipt, or
-    ``block`` and the number of bytes that have come of one.
+    ``block`` and the number of bytes that have come of one. In `main`, ``training``: each batch,
+    until the client is told to stop.
     """
     kind, _, number = point.partition(" ")
     publish, deliver, receive = MqttTransport.publish, Uplink.deliver, Uplink.receive

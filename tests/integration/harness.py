@@ -88,11 +88,15 @@ class Server:
         self.url, self.token = runtime["url"], runtime["token"]
 
     def stop(self, sign: signal.Signals = signal.SIGINT) -> int:
-        """Sends a signal and waits for its end and its children's; the exit code."""
+        """Sends a signal, unless it has ended, and waits as `wait`; the exit code."""
+        assert self._process is not None
+        self._process.send_signal(sign)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for its end and its children's; the exit code."""
         process = self._process
         assert process is not None
-        if process.poll() is None:
-            process.send_signal(sign)
         try:
             code = process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
