@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -49,9 +50,12 @@ class Setup:
 
     Attributes:
         pause_s: How much longer each step takes.
-        hold_at: Where it waits: before a message, ``Chunk 3`` for instance, or, by ``round 2``,
-            between a round's blocks and its training ...
-        until: ... for this file to be there.
+        hold_at: Where it waits: before a message, ``Chunk 3`` for instance; by ``round 2``,
+            between a round's blocks and its training; or, by ``training``, in the first batch of
+            every round ...
+        until: ... for this file to be there; of ``training`` for that and the round's number.
+        kill_amid: A phase, how many steps of it, and after how many seconds more it is killed: by
+            itself, as a test that reads what it says may be late by many steps.
         receipt_timeout_s: As `petalfl.uplink.RECEIPT_TIMEOUT_S`.
         examples: A folder of an `ExampleStore` to train on, filled if it is empty; "": of arrays.
         max_age_s: Of that store.
@@ -66,6 +70,7 @@ class Setup:
     pause_s: float = 0.0
     hold_at: str = ""
     until: str = ""
+    kill_amid: tuple[str, int, float] | None = None
     receipt_timeout_s: float = 1.0
     examples: str = ""
     max_age_s: float | None = None
@@ -134,12 +139,22 @@ def main(setup: Setup) -> None:
     tell_steps(setup.pause_s)
     if setup.hold_at:
         hold_up(setup.hold_at, Path(setup.until))
+    if setup.kill_amid is not None:
+        kill_amid(*setup.kill_amid)
+    round_num = 0
 
     def begin(info: RoundInfo) -> None:
+        nonlocal round_num
+        round_num = info.round_num
         line = "fine-tuning" if info.is_fine_tuning else f"round {info.round_num}"
         say(line)
         if line == setup.hold_at:
             wait_for(Path(setup.until))
+
+    def train(done: int, total: int) -> None:
+        step("training", setup.pause_s)
+        if done == 1 and setup.hold_at == "training":
+            wait_for(Path(f"{setup.until}{round_num}"))
 
     if setup.mqtt_port:
         Downlink.get_session = lambda self: Session(  # type: ignore[method-assign]
@@ -163,16 +178,21 @@ def main(setup: Setup) -> None:
         device=setup.device,
         on_round=begin,
         on_metrics=lambda metrics: say(f"examples {metrics.num_examples}"),
-        on_progress=lambda done, total: step("training", setup.pause_s),
+        on_progress=train,
         on_error=tell_error,
     )
     with client:
         client.run()
 
 
+LISTENERS: list[Callable[[str], None]] = []  # to what it says, on the thread that does
+
+
 def say(line: str) -> None:
     """In one piece, whatever thread it comes from."""
     os.write(1, f"{line}\n".encode())
+    for listen in LISTENERS:
+        listen(line)
 
 
 def step(phase: str, pause_s: float) -> None:
@@ -234,6 +254,19 @@ def tell_steps(pause_s: float) -> None:
     ]
     for owner, name, function in patches:
         setattr(owner, name, function)
+
+
+def kill_amid(phase: str, number: int, after_s: float) -> None:
+    """Ends as by kill -9, so long after that many steps of a phase have begun."""
+
+    def count(line: str) -> None:
+        nonlocal number
+        if line == phase:
+            number -= 1
+            if number == 0:
+                threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    LISTENERS.append(count)
 
 
 def wait_for(file: Path) -> None:

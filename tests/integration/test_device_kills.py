@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,20 +16,6 @@ from tests.integration.harness import SCHEME, Server, running_server
 PAUSE_S = 0.01
 # By phase: how many steps of it a round has, nearly; the moment is drawn among them.
 PHASES = {"download": 3, "training": 6, "store": 12, "upload": 7, "receipt": 3}
-
-
-def kill_amid(process: subprocess.Popen[str], phase: str, number: int, after_s: float) -> list[str]:
-    """Kills it so long after that many steps of a phase; what it has said till then."""
-    said = []
-    for line in lines_of(process):
-        said.append(line)
-        if line == phase:
-            number -= 1
-        if number == 0:
-            time.sleep(after_s)
-            process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return said
 
 
 def possible_digests(said: list[str]) -> set[str]:
@@ -50,9 +35,13 @@ def test_thirty_kills_of_a_device(watch_artifacts: Path, tmp_path: Path) -> None
     arguments = (*SCHEME, "--min-devices", "1", "--epochs", "1")
     with running_server(watch_artifacts, tmp_path / "server", *arguments) as server:
         for phase in [*PHASES, "store"] * 5:  # 30: the store is where most could go wrong
-            number, after_s = rng.randint(1, PHASES[phase]), rng.uniform(0, PAUSE_S)
-            with faulty_device(server.url, server.token, store, pause_s=PAUSE_S) as process:
-                said = kill_amid(process, phase, number, after_s)
+            moment = (phase, rng.randint(1, PHASES[phase]), rng.uniform(0, PAUSE_S))
+            device = faulty_device(
+                server.url, server.token, store, pause_s=PAUSE_S, kill_amid=moment
+            )
+            with device as process:
+                said = [*lines_of(process)]
+                assert process.wait() == -signal.SIGKILL
             amid[[line for line in said if line in PHASES][-1]] += 1
             history += said
             assert_private_blocks_are_intact(store, history)
@@ -62,6 +51,7 @@ def test_thirty_kills_of_a_device(watch_artifacts: Path, tmp_path: Path) -> None
             for line in lines_of(process):
                 if line == f"round {max(rounds) + 3}":
                     break
+        server.stop()  # or a round that the device has left might end between two looks
         assert_each_round_has_one_update(server, at_least=max(rounds) + 1)
     assert sum(amid.values()) == 30
     assert set(amid) == set(PHASES)
