@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,18 @@ class Idler(Trainer):
         pass
 
 
+class AtOnce(Executor):
+    """Runs what it is given where it is given it: turns of the loop are all that passes."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **more: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*arguments, **more))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
 class Hearing(Participation):
     """An `Idler`'s, at a server that has no version but those in ``served``."""
 
@@ -372,7 +385,7 @@ class Hearing(Participation):
         self.tried: list[int] = []
         self.answer: wire.Task | None = None
         unused: Any = None
-        super().__init__(unused, self.idler, unused, unused, unused, Threads())
+        super().__init__(unused, self.idler, unused, unused, unused, Threads(AtOnce()))
 
     @property
     def trained(self) -> list[int]:
@@ -385,7 +398,8 @@ class Hearing(Participation):
         worker = asyncio.create_task(self._work(Uplink(MemoryBroker().connect(), "f", "d")))
         for message in messages:
             self._inbox.put(message)
-            await asyncio.sleep(0.25)
+            for _ in range(200):  # turns, of which a round takes about 20
+                await asyncio.sleep(0)
         assert not worker.done()
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
@@ -401,11 +415,13 @@ class Hearing(Participation):
 
 
 @pytest.fixture
-def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (0.01, 0.02))
+def no_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself."""
+    monkeypatch.setattr("petalfl.participation.BACKOFF_S", (3600.0, 3600.0))
 
 
-async def test_a_version_that_is_gone_is_given_up(no_backoff: None) -> None:
+@pytest.mark.usefixtures("no_pause_ends")
+async def test_a_version_that_is_gone_is_given_up() -> None:
     client = Hearing(0, served={2})
     await client.hear(numbered_task(1), numbered_task(2))
     assert client.trained == [2]
@@ -414,10 +430,11 @@ async def test_a_version_that_is_gone_is_given_up(no_backoff: None) -> None:
     assert (asking.tried, asking.trained) == ([1, 2], [2])
 
 
+@pytest.mark.usefixtures("no_pause_ends")
 async def test_a_version_that_is_gone_is_not_asked_for_without_end() -> None:
     client = Hearing(0, served=set())
     await client.hear(*map(numbered_task, [1, 1, 1]), answer=numbered_task(1))
-    assert client.tried in ([1], [1, 1])
+    assert client.tried == [1]
 
 
 async def test_a_server_that_went_back_is_followed() -> None:
@@ -443,14 +460,13 @@ def test_a_round_that_came_to_nothing_is_taken_back(
 
     async def lose_round_1(self: Uplink, outgoing: Outgoing, *more: Any) -> wire.Receipt:
         message = wire.decode(outgoing.message)
-        assert isinstance(message, (wire.UpdateManifest, wire.Report))
-        if message.round_num == 1:
+        if isinstance(message, wire.UpdateManifest) and message.round_num == 1:
             return wire.Receipt(message.update_id, "rejected", "lost")
         return await deliver(self, outgoing, *more)
 
     monkeypatch.setattr("petalfl.trainer.train", spy)
     monkeypatch.setattr(Uplink, "deliver", lose_round_1)
-    arguments = ("--rounds", "2", "--scheme", "phf", "--deadline", "3")
+    arguments = ("--rounds", "2", "--scheme", "phf")
     with running_server(small_artifacts, tmp_path / "server", *arguments) as server:
         make(server, "d").run()
         assert server.get("status")["shared_blocks"] == {"encoder-a": 2, "encoder-b": 1}
