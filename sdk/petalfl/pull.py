@@ -124,13 +124,19 @@ class Pull:
             self._window_bytes = min(wire.MAX_FETCH_BYTES, 2 * self._window_bytes)
 
     def _next(self, offset: int, end: int) -> wire.Part | None:
-        """The part at ``offset``, as long as parts are; None where it is to be asked for again."""
+        """The part at ``offset``, as long as parts are; None where it is to be asked for again.
+
+        What has come is taken however late it is: the device may have slept meanwhile.
+        """
         give_up_s = time.monotonic() + TIMEOUT_S
-        while (left_s := give_up_s - time.monotonic()) > 0:
+        while True:
             self._check()
+            left_s = give_up_s - time.monotonic()
             try:
-                message = self._arrived.get(timeout=min(left_s, POLL_S))
+                message = self._arrived.get(timeout=max(0.0, min(left_s, POLL_S)))
             except queue.Empty:
+                if left_s <= 0:
+                    return None
                 continue
             if message is None:
                 return None
@@ -139,7 +145,6 @@ class Pull:
             size = min(wire.CHUNK_BYTES, end - offset, message.num_bytes - offset)
             if message.offset == offset and len(message.data) >= size:
                 return message  # others are of an earlier answer, or after one that was lost
-        return None
 
 
 class _UnchangedError(TransportError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_a_line_on_which_nothing_comes_is_given_up() -> None:
     assert len(line.fetches) == 1 + MOST_LOST
     line.answer = parts
     assert line.stream(FIRST_WINDOW_BYTES) == BODY
+
+
+def test_what_came_while_the_device_slept_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def monotonic() -> float:
+        nonlocal now_s
+        now_s += 1  # whenever it is looked at, the time is over
+        return now_s
+
+    monkeypatch.setattr("petalfl.pull.time", SimpleNamespace(monotonic=monotonic))
+    line = Line()
+    assert line.stream() == BODY
+    assert sum(fetch.num_bytes for fetch in line.fetches[:-1]) < len(BODY)
 
 
 def test_after_a_break_it_asks_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
