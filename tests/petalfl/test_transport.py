@@ -108,9 +108,11 @@ async def test_filters(pair: Pair) -> None:
 
 
 async def test_retained_messages_wait_for_subscribers(pair: Pair) -> None:
+    seen = Inbox()
+    await pair.server.subscribe("fl/v1/f/blocks/+/meta", seen)
     for block, payload in (("a", b"1"), ("a", b"2"), ("b", b"3")):
         await pair.server.publish(f"fl/v1/f/blocks/{block}/meta", payload, retain=True)
-    await asyncio.sleep(0.1)  # the broker may acknowledge before it keeps it
+    await seen.wait_for(3)  # the broker may acknowledge before it keeps it
     inbox = Inbox()
     await pair.device.subscribe("fl/v1/f/blocks/+/meta", inbox)
     await inbox.wait_for(2)
@@ -124,8 +126,10 @@ async def test_retained_messages_wait_for_subscribers(pair: Pair) -> None:
 
 
 async def test_nothing_arrives_from_before_the_subscription(pair: Pair) -> None:
+    seen, inbox = Inbox(), Inbox()
+    await pair.server.subscribe(f"{DOWN}/+", seen)
     await pair.server.publish(f"{DOWN}/task", b"before")
-    inbox = Inbox()
+    await seen.wait_for(1)  # the broker may acknowledge before it passes it on
     await pair.device.subscribe(f"{DOWN}/+", inbox)
     await pair.server.publish(f"{DOWN}/task", b"after")
     await inbox.wait_for(1)
@@ -133,10 +137,12 @@ async def test_nothing_arrives_from_before_the_subscription(pair: Pair) -> None:
 
 
 async def test_an_empty_retained_message_removes_the_former(pair: Pair) -> None:
+    seen = Inbox()
+    await pair.server.subscribe("fl/v1/f/blocks/+/meta", seen)
     await pair.server.publish("fl/v1/f/blocks/a/meta", b"1", retain=True)
     await pair.server.publish("fl/v1/f/blocks/a/meta", b"", retain=True)
     await pair.server.publish("fl/v1/f/blocks/b/meta", b"2", retain=True)
-    await asyncio.sleep(0.1)  # the broker may acknowledge before it keeps it
+    await seen.wait_for(3)  # the broker may acknowledge before it keeps it
     inbox = Inbox()
     await pair.device.subscribe("fl/v1/f/blocks/+/meta", inbox)
     await inbox.wait_for(1)
