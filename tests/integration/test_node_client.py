@@ -249,7 +249,7 @@ def start(server: Server, device: Device, folder: Path, token: str = "") -> subp
     )
 
 
-def end(process: subprocess.Popen[bytes], timeout_s: float = 30) -> tuple[int, str, str]:
+def end(process: subprocess.Popen[bytes], timeout_s: float = 120) -> tuple[int, str, str]:
     """Waits for its end; exit code and what it printed."""
     try:
         out, errors = process.communicate(timeout=timeout_s)

@@ -93,7 +93,7 @@ def test_the_broker_listens_where_http_does(
         port = broker_port(server, "127.0.0.2")
         assert name_at(port, server.tls, "127.0.0.2") == "elsewhere"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), 10)
+            socket.create_connection(("127.0.0.1", port), 60)
     finally:
         server.stop()
 
@@ -228,7 +228,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def name_at(port: int, tls: Tls, host: str = "127.0.0.1") -> str:
     """The common name in the certificate that is shown there."""
     with (
-        socket.create_connection((host, port), 10) as plain,
+        socket.create_connection((host, port), 60) as plain,
         tls.context().wrap_socket(plain, server_hostname=host) as secured,
     ):
         certificate: Any = secured.getpeercert()

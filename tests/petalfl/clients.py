@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pytest
 
 from petalfl import (
     EdgeClient,
@@ -21,7 +22,8 @@ LABELS = np.arange(24) % 3
 
 Make = Callable[..., EdgeClient]
 
-STOP_S = 9.0  # less than a receipt, a download or a back-off may be waited for
+HOUR_S = 3600.0
+STOP_S = 25.0  # less than a broker, a download or a receipt may be waited for
 
 
 def run_and_stop(client: EdgeClient) -> None:
@@ -42,14 +44,17 @@ def running(client: EdgeClient) -> Iterator[None]:
             errors.append(error)
 
     thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        until(lambda: client._trainer.identity is not None or bool(errors), "enrollment")
-        yield
-    finally:
-        client.stop()
-        thread.join(STOP_S)
-        assert not thread.is_alive()
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in ("uplink.RECEIPT_TIMEOUT_S", "pull.TIMEOUT_S"):
+            patch.setattr(f"petalfl.{limit}", HOUR_S)
+        thread.start()
+        try:
+            until(lambda: client._trainer.identity is not None or bool(errors), "enrollment")
+            yield
+        finally:
+            client.stop()
+            thread.join(STOP_S)
+            assert not thread.is_alive()
     assert errors == []
 
 

@@ -45,6 +45,7 @@ def server(small_artifacts: Path) -> Iterator[HostileServer]:
 def is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("client", "mqtt", "uplink", "participation"):
         monkeypatch.setattr(f"petalfl.{module}.BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("petalfl.participation.GOODBYE_TIMEOUT_S", 30.0)  # all comes that is due
     monkeypatch.setattr("petalfl.training.memory_bytes", lambda: 8 << 30)
 
 

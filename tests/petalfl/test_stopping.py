@@ -25,6 +25,7 @@ from petalfl.threads import Threads, abandon, run_aside
 from petalfl.transport import Handler
 from tests.integration.harness import Server
 from tests.petalfl.clients import (
+    HOUR_S,
     LABELS,
     A,
     Make,
@@ -35,7 +36,6 @@ from tests.petalfl.clients import (
 from tests.petalfl.deaf import Deaf, deaf_listener, threads_aside
 from tests.petalfl.hostile_server import IDENTITY
 
-HOUR_S = 3600.0  # no limit of time passes by itself here
 OWN = read(Identity, IDENTITY)
 
 # Of a URL's scheme: whether a listener gets a connection, and where the client waits then.
@@ -53,7 +53,10 @@ HANGS = {
 def peer(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Deaf]]:
-    """One that hangs, and its URL; afterwards, nothing is left of whoever waited there."""
+    """One that hangs, and its URL; afterwards, nothing is left of whoever waited there.
+
+    No limit of time passes by itself.
+    """
     scheme, accepts = HANGS[request.param]
     for limit in ("http.TIMEOUT_S", "paced.TIMEOUT_S", "mqtt.CONNECT_TIMEOUT_S"):
         monkeypatch.setattr(f"petalfl.{limit}", HOUR_S)
