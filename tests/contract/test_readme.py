@@ -114,7 +114,7 @@ def running_server(folder: Path) -> Iterator[tuple[str, str]]:
     process = subprocess.Popen([*words, "--http", "127.0.0.1:0"], cwd=folder, env=ENVIRONMENT)
     runtime = folder / "petalfl-data" / "server.json"
     try:
-        for _ in range(600):
+        for _ in range(1200):
             if runtime.exists():
                 break
             assert process.poll() is None, "the server has ended"
@@ -123,7 +123,7 @@ def running_server(folder: Path) -> Iterator[tuple[str, str]]:
         yield found["url"], found["token"]
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def start_app(folder: Path, index: int, url: str, token: str) -> subprocess.Popen[str]:

@@ -604,7 +604,7 @@ async def test_unreachable(tmp_path: Path) -> None:
 
 async def test_broker_without_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded broker serves as one: it refuses its control topic."""
-    monkeypatch.setattr("server.broker.external.ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("server.broker.external.ANSWER_TIMEOUT_S", 60.0)
     async with running(embedded(tmp_path)) as other:
         monkeypatch.setenv("PETALFL_BROKER_USERNAME", other.server_login[0])
         monkeypatch.setenv("PETALFL_BROKER_PASSWORD", other.server_login[1])

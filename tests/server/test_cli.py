@@ -26,7 +26,7 @@ from server.settings import Effective
 from tests.server.builders import SIZES, write_artifacts
 
 ROOT = Path(__file__).parents[2]
-START_S = 30.0
+START_S = 60.0
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PETALFL_")}
 
 
@@ -83,7 +83,7 @@ class Server:
 
     def stop(self, sign: signal.Signals) -> tuple[int, str, str]:
         self.process.send_signal(sign)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
 

@@ -84,26 +84,35 @@ async def test_a_server_goes_on_from_a_backup(site: Site, tmp_path: Path) -> Non
 async def test_backups_of_a_running_server_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While rounds go on, and segments of the journal are written over again and again."""
+    """While rounds go on, and segments of the journal are written over again and again.
+
+    They are fewer than the attempts to copy what does not change meanwhile.
+    """
     monkeypatch.setattr("server.journal.SEGMENT_BYTES", 100)
     site = Site(tmp_path)
-    done = asyncio.Event()
-    num_rounds = 0
+    may_begin = asyncio.Semaphore(0)
+    num_rounds, num_meanwhile = 0, ATTEMPTS // 2
 
     async def serve() -> None:
         nonlocal num_rounds
         with site.run(ready=["watch", "phone"], min_devices=2) as run:
-            while not done.is_set():
+            while num_rounds < 8 * num_meanwhile:
+                await may_begin.acquire()
                 await run.finish_round(num_rounds + 1, 0.25)
                 num_rounds += 1
 
+    async def until_round(number: int) -> None:
+        while num_rounds < number and not serving.done():
+            await asyncio.sleep(0.01)
+
     serving = asyncio.create_task(serve())
     for number in range(8):
-        while num_rounds <= number and not serving.done():
-            await asyncio.sleep(0.01)
+        for _ in range(num_meanwhile):
+            may_begin.release()
+        await until_round(number * num_meanwhile + 1)
         await asyncio.to_thread(backup, site.data_dir, tmp_path / f"backup-{number}")
         await asyncio.to_thread(inspect, site.data_dir)
-    done.set()
+        await until_round((number + 1) * num_meanwhile)
     await serving
     closed = []
     for number in range(8):
