@@ -130,18 +130,20 @@ def test_local_shares_nothing_and_still_trains(tmp_path: Path, watch_artifacts: 
 def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(
     tmp_path: Path, watch_artifacts: Path
 ) -> None:
-    out = tmp_path / "run"
+    out, interrupted = tmp_path / "run", tmp_path / "interrupted"
     arguments = ["--devices", "4", "--rounds", "8", "--artifacts", str(watch_artifacts),
                  "--out", str(out)]  # fmt: skip
+    held = [sys.executable, "-m", "tests.integration.held_simulation", "3", str(interrupted),
+            *COMMAND[3:]]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, stderr=log)
+        process = subprocess.Popen([*held, *arguments], cwd=REPOSITORY, stderr=log)
         wait_for_round(out, 3, process)
         process.send_signal(signal.SIGINT)
+        interrupted.touch()
         assert process.wait(60) == 130
     assert "the same command goes on" in (tmp_path / "log").read_text()
     assert leftovers(out) == []
-    trained = rounds_trained(out)
-    assert 3 <= trained < 8
+    assert 3 <= rounds_trained(out) < 8
 
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
@@ -155,17 +157,17 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(
 def test_killed_outright_it_leaves_no_server(tmp_path: Path, watch_artifacts: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [*COMMAND, "--devices", "3", "--rounds", "50", "--artifacts", str(watch_artifacts),
+        [*COMMAND, "--devices", "3", "--rounds", "9999", "--artifacts", str(watch_artifacts),
          "--out", str(out)],
         cwd=REPOSITORY, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_round(out, 1, process)
-    server = json.loads((out / "server" / "server.json").read_bytes())["pid"]
-    children = psutil.Process(server).children(recursive=True)
+    server = psutil.Process(json.loads((out / "server" / "server.json").read_bytes())["pid"])
+    children = server.children(recursive=True)
     assert children  # the embedded broker
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs([psutil.Process(server), *children], timeout=60)
+    _, alive = psutil.wait_procs([server, *children], timeout=60)
     assert alive == []
 
 
@@ -240,5 +242,5 @@ def wait_for_round(out: Path, round_num: int, process: subprocess.Popen[bytes]) 
 def rounds_trained(out: Path) -> int:
     """The last round that some device has begun."""
     path = out / "history.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["round_num"] + 1 for line in lines), default=0)
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return max((json.loads(line)["round_num"] + 1 for line in whole.splitlines()), default=0)

@@ -62,7 +62,9 @@ def test_recordings_become_a_model_in_two_vehicles(tmp_path: Path) -> None:
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     with (tmp_path / "stderr").open("w") as log:
         process = subprocess.Popen(
-            [*COMMAND, "--units", "2", "--minutes", "3", "--out", str(tmp_path / "out")],
+            # A drive takes its time: the signal comes amid one.
+            [*COMMAND, "--units", "2", "--minutes", "3", "--pace", "1",
+             "--out", str(tmp_path / "out")],
             cwd=REPOSITORY, stderr=log, stdout=subprocess.DEVNULL,
             # Also where the tests run in the background of a shell, which has Ctrl-C ignored.
             preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
