@@ -31,7 +31,7 @@ from .broker import BrokerError
 from .grants import Grants, device_grants, server_grants, topic_level
 
 CONTROL = "$CONTROL/dynamic-security/v1"
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 20.0
 _FORM = "mqtt(s)://user:password@host:port"
 _DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
