@@ -116,7 +116,7 @@ def test_the_disk_of_the_server(watch_artifacts: Path, tmp_path: Path) -> None:
         limit_files(server.pid, FILE_BYTES)
         filled.touch()
         while "cannot keep what acc-only sent" not in server.log:
-            read_until(process, "upload")  # of which it sends more for as long as there is no receipt
+            read_until(process, "upload")  # without a receipt, there are more and more
         assert server.get("status")["updates_accepted"] == 0
         limit_files(server.pid, resource.RLIM_INFINITY)
         read_to_the_end(process)
