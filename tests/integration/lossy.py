@@ -82,6 +82,9 @@ class LossyProxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # it has vanished since this was accepted
+            writer.transport.abort()
+            return
         self.num_connections += 1
         connection = asyncio.ensure_future(self._forward(reader, writer))
         self._connections.add(connection)

@@ -44,7 +44,7 @@ async def test_it_stops_at_once_and_the_round_goes_on(
         assert server.query("SELECT COUNT(*) FROM updates WHERE version IS NULL") == [(8,)]
         monkeypatch.delenv("PETALFL_TEST_RULE")
         await asyncio.to_thread(server.start)
-        await asyncio.wait_for(asyncio.gather(*running), 60)
+        await asyncio.wait_for(asyncio.gather(*running), 120)
         for client in fleet:
             await client.close()
         counted = server.query("SELECT version, COUNT(*) FROM updates GROUP BY 1")
