@@ -22,6 +22,7 @@ import pytest
 import server.broker
 from petalfl.mqtt import Endpoint
 from server.broker import Broker, BrokerError, open_broker
+from server.broker._amqtt_child import _Reader
 from server.broker.credentials import make_credential
 from server.broker.grants import covers, device_grants
 from tests.mosquitto import missing_mosquitto, mosquitto
@@ -434,6 +435,15 @@ async def test_silent_peer_is_given_up(tmp_path: Path, broker_peer: Connect) -> 
         server.subscribe("fl/v1/f/dev/+/status")
         broker_peer(broker.endpoint, ("dev-1", "pw"), will=will, keepalive=1).stall()
         server.wait_for("fl/v1/f/dev/dev-1/status")
+
+
+async def test_a_ping_is_a_sign_of_life() -> None:
+    stream = asyncio.StreamReader()
+    reader = _Reader(stream, is_public=True)
+    reader.heard_s = 0.0
+    stream.feed_data(b"\xc0\0")
+    assert await reader.read(2) == b"\xc0\0"
+    assert reader.heard_s > 0
 
 
 async def test_revoke_a_peer_that_stopped_reading(tmp_path: Path, broker_peer: Connect) -> None:
