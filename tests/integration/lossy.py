@@ -90,6 +90,7 @@ class LossyProxy:
         self._connections.add(connection)
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await connection
+        writer.transport.abort()  # also where the forwarding was ended before it began
         self._connections.discard(connection)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
