@@ -29,6 +29,7 @@ from petalfl.model import ModelManifest
 from petalfl.store import DeviceStore
 from petalfl.tls import Tls
 from petalfl.vectors import Vector, from_bytes
+from tests.mosquitto import free_port
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
@@ -42,7 +43,7 @@ class Server:
 
     def __init__(self, artifacts: Path, data_dir: Path, arguments: Sequence[str]) -> None:
         self.data_dir = data_dir
-        self.url = "http://127.0.0.1:0"
+        self.url = f"http://127.0.0.1:{free_port()}"  # it stays free while it restarts
         self.token = ""
         self.tls: Tls | None = None  # of whoever asks it
         self._artifacts = artifacts

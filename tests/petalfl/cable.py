@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -132,11 +131,6 @@ async def until(is_so: Callable[[], bool], what: str, timeout_s: float = 30) -> 
     while not is_so():
         assert time.monotonic() < give_up_s, f"waited for {what}"
         await asyncio.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 async def until_arrived(sender: MqttTransport, topic: str, inbox: Inbox, payload: bytes) -> None:

@@ -20,7 +20,7 @@ import petalfl.mqtt
 from petalfl.errors import TransportError
 from petalfl.mqtt import Endpoint, MqttTransport
 from server.broker import Broker
-from tests.mosquitto import missing_mosquitto, mosquitto
+from tests.mosquitto import free_port, missing_mosquitto, mosquitto
 from tests.petalfl.cable import (
     CHUNK,
     DOWN,
@@ -30,7 +30,6 @@ from tests.petalfl.cable import (
     Cable,
     Inbox,
     Opener,
-    free_port,
     open_sockets,
     settled,
     start_broker,
