@@ -61,11 +61,13 @@ def test_the_embedded_broker_is_killed_amid_an_upload(
 
 @pytest.mark.mosquitto
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-@pytest.mark.parametrize("comes_back", ["at once", "when it was missed"])
+@pytest.mark.parametrize(
+    ("is_before", "comes_back"), [("Chunk 3", "at once"), ("Fin 2", "when it was missed")]
+)
 def test_mosquitto_restarts_amid_an_upload(
-    watch_artifacts: Path, tmp_path: Path, comes_back: str
+    watch_artifacts: Path, tmp_path: Path, is_before: str, comes_back: str
 ) -> None:
-    """It has forgotten what it acknowledged: two chunks, or what the device sent meanwhile."""
+    """It has forgotten what it acknowledged: some chunks, or all, and a word is said meanwhile."""
     (tmp_path / "broker").mkdir()
     port = free_port()
     with ExitStack() as broker, ExitStack() as stack:
@@ -77,7 +79,7 @@ def test_mosquitto_restarts_amid_an_upload(
         process = stack.enter_context(
             faulty_device(
                 server.url, server.token, tmp_path / "store",
-                hold_at="Chunk 3", until=str(tmp_path / "go on"),
+                hold_at=is_before, until=str(tmp_path / "go on"),
             )
         )  # fmt: skip
         read_until(process, "wait")
