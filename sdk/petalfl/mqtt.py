@@ -32,7 +32,7 @@ from petalfl.waiting import within
 
 log = logging.getLogger("petalfl.mqtt")
 
-CONNECT_TIMEOUT_S = 5.0  # of TCP, and again of TLS
+CONNECT_TIMEOUT_S = 20.0  # of TCP, and again of TLS: four lost SYNs, or a slow handshake
 KEEPALIVE_S = 60
 MISC_INTERVAL_S = 5.0
 MAX_PACKET_BYTES = 16 << 20  # a server reads the administration's answers, too
