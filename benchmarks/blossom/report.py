@@ -57,9 +57,9 @@ def section(setting: Setting, figure: str) -> str:
         f"```\n{tables.command(setting)}\n```",
         f"{setting.metric} in points, mean ± standard deviation over the seeds, (1): one seed. "
         "†: in some seed the curve still rises at its last round.",
-        f"After the last round:\n\n{tables.scores_table(setting, 'final')}",
-        f"After the finish:\n\n{tables.scores_table(setting, 'finished')}",
     ]
+    for stage, name in setting.stages.items():
+        parts.append(f"{name.capitalize()}:\n\n{tables.scores_table(setting, stage)}")
     if differences := tables.differences_table(setting):
         parts.append(
             "Paired differences in points, seed by seed, and gains over the full model (the "

@@ -46,6 +46,12 @@ class Setting(NamedTuple):
         parts += [f"{name.replace('_', ' ')} {value}" for name, value in unusual(c).items()]
         return ", ".join(parts)
 
+    @property
+    def stages(self) -> dict[str, str]:
+        """The stages' names, by where a line holds their scores; one if there is no finish."""
+        stages = {"final": "after the last round", "finished": "after the finish"}
+        return stages if self.common["finish_epochs"] else {"final": stages["final"]}
+
     def of(self, scheme: str, regime: str, missing: str) -> dict[int, Line]:
         """Lines by seed."""
         wanted = (scheme, regime, missing)
@@ -110,7 +116,7 @@ def scores_table(setting: Setting, stage: str) -> str:
     """A row for each scheme: mean ± standard deviation over seeds, in points.
 
     Args:
-        stage: ``final`` is after the last round, ``finished`` after the finish.
+        stage: As in `Setting.stages`.
     """
     rows = []
     for scheme in setting.schemes():
@@ -136,13 +142,15 @@ def differences_table(setting: Setting) -> str:
             pairs["fm, mask – zero"] = [setting.of("fm", regime, m) for m in ("mask", "zero")]
         for name, (a, b) in pairs.items():
             cells = [name, _heading(regime, missing)]
-            for stage in ("final", "finished"):
+            for stage in setting.stages:
                 cells += [_paired(a, b, stage, setting.metric), ""]
                 if name.endswith("– fm") and regime in PAPER_GAINS and missing == "mask":
                     cells[-1] = _relative(a, b, stage, setting.metric)
             if a.keys() & b.keys():
                 rows.append(cells)
-    headings = ("difference", "regime", "last round", "gain", "after the finish", "gain")
+    headings = ["difference", "regime"]
+    for name in setting.stages.values():
+        headings += [name, "gain"]
     return _table(headings, rows) if rows else ""
 
 

@@ -107,6 +107,15 @@ def test_the_page(tmp_path: Path) -> None:
     assert page.read_text() == written
 
 
+def test_without_a_finish_there_is_nothing_after_it(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text(f"{BEGIN}{END}")
+    write_report([line(s, 0, finish_epochs=0) for s in ("fm", "phf")], page)
+    text = page.read_text()
+    assert "After the last round:" in text and "fter the finish" not in text
+    assert "| difference | regime | after the last round | gain |" in text
+
+
 def test_the_command_of_a_table_runs_its_cells() -> None:
     lines = [line(s, n, learning_rate=0.1, unseen=2) for s in ("fm", "phf") for n in (0, 1, 2)]
     (setting,) = settings_of(lines)
