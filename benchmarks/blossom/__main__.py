@@ -30,8 +30,8 @@ RUNS = Path("runs/blossom")
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 QUICK: dict[str, Any] = {
     "regime": ["incomplete", "exclusive"], "scheme": ["fm", "phf", "local", "two-heads"],
-    "devices": 10, "data_fraction": [0.3], "rounds": 20, "finish_epochs": 10, "seeds": 1,
-    "unseen": 2, "out": RUNS / "quick",
+    "devices": 10, "data_fraction": [0.3], "rounds": 20, "epochs": 3, "finish_epochs": 10,
+    "seeds": 1, "unseen": 2, "out": RUNS / "quick",
 }  # fmt: skip
 _CHOSEN = ("partition", "data_fraction", "regime", "missing", "scheme")  # of which several
 
