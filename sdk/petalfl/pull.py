@@ -126,12 +126,14 @@ class Pull:
     def _next(self, offset: int, end: int) -> wire.Part | None:
         """The part at ``offset``, as long as parts are; None where it is to be asked for again.
 
-        What has come is taken however late it is: the device may have slept meanwhile.
+        What has come is taken however late it is, since the device may have slept meanwhile; what
+        goes on coming is not.
         """
-        give_up_s = time.monotonic() + TIMEOUT_S
-        while True:
+        give_up_s, num_late = time.monotonic() + TIMEOUT_S, 0
+        while num_late <= self._arrived.maxsize:
             self._check()
             left_s = give_up_s - time.monotonic()
+            num_late += left_s <= 0
             try:
                 message = self._arrived.get(timeout=max(0.0, min(left_s, POLL_S)))
             except queue.Empty:
@@ -145,6 +147,7 @@ class Pull:
             size = min(wire.CHUNK_BYTES, end - offset, message.num_bytes - offset)
             if message.offset == offset and len(message.data) >= size:
                 return message  # others are of an earlier answer, or after one that was lost
+        return None
 
 
 class _UnchangedError(TransportError):

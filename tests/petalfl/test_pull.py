@@ -199,6 +199,15 @@ def test_a_flood_is_not_kept() -> None:
     assert line.pull._arrived.qsize() <= 16
 
 
+def test_a_flood_of_other_parts_is_no_reason_to_wait_on() -> None:
+    pull = Pull(lambda: pull.receive(parts(Fetch(PATH, CHUNK_BYTES, CHUNK_BYTES))[0]))
+    fetches: list[Fetch] = []
+    pull.attach(fetches.append)
+    with pytest.raises(BrokenOffError, match="nothing comes"):
+        next(pull.stream(PATH, SHA, 0, len(BODY)))
+    assert len(fetches) == MOST_LOST
+
+
 def test_what_nobody_asked_for_is_not_kept() -> None:
     line = Line()
     for part in parts(Fetch(PATH, 0, MAX_FETCH_BYTES)):
