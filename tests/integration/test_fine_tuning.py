@@ -127,15 +127,17 @@ def test_the_server_has_seen_two_rounds(federation: tuple[Server, list[Seen]]) -
 
 
 def test_a_device_killed_amid_it_does_it_again(watch_artifacts: Path, tmp_path: Path) -> None:
-    """Whatever it was at, what it makes is in the end the same, bit for bit."""
+    """Before the first batch or in it; what it makes is in the end the same, bit for bit."""
     folder = tmp_path / "store"
     words = (*SCHEME, *FINISH, "--min-devices", "1", "--epochs", "1")
     with running_server(watch_artifacts, tmp_path / "server", *words) as server:
-        for phase in ("training", "store"):
-            with faulty_device(server.url, server.token, folder, pause_s=0.05) as process:
+        for held_at in ("fine-tuning", "training"):  # of which the second time no round is left
+            held = {"hold_at": held_at, "until": str(tmp_path / "never")}
+            with faulty_device(server.url, server.token, folder, **held) as process:
                 read_until(process, "fine-tuning")
-                read_until(process, phase)
+                read_until(process, "wait")
                 process.kill()
+            assert own_of(folder) is None
         made = []
         for _ in range(2):
             with faulty_device(server.url, server.token, folder) as process:
