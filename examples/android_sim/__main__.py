@@ -123,6 +123,7 @@ class _Bar:
         self._console = console
         self._lock = threading.Lock()
         self._seen: dict[int, int] = {}
+        self._num_fine_tuning = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -146,11 +147,21 @@ class _Bar:
     def on_round(self, device: Device, info: RoundInfo) -> None:
         """One more device starts a round; the last one of a round knows its score."""
         with self._lock:
+            if info.is_fine_tuning:
+                self._show_fine_tuning()
+                return
             self._seen[info.round_num] = self._seen.get(info.round_num, 0) + 1
             done = (info.round_num - 1) * self._num_devices + self._seen[info.round_num]
             self._progress.update(self._task, completed=done)
             if self._seen[info.round_num] == self._num_devices:
                 self._show_score(info.round_num - 1)
+
+    def _show_fine_tuning(self) -> None:
+        self._num_fine_tuning += 1
+        note = f"fine-tuning on {self._num_fine_tuning} of {self._num_devices} devices"
+        self._progress.update(self._task, note=note)
+        if not self._console.is_terminal and self._num_fine_tuning == 1:
+            self._console.print("fine-tuning: every device alone", highlight=False)
 
     def _show_score(self, rounds_trained: int) -> None:
         scores = [m["macro_f1"] for m in self._folder.history()[rounds_trained].values()]

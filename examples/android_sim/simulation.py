@@ -45,7 +45,7 @@ class Simulation:
     """Devices on one event loop; their training shares one pool of threads.
 
     Args:
-        on_round: Told, on a training thread, each time a device is about to train a round.
+        on_round: Told, on a training thread, each time a device is about to train or fine-tune.
     """
 
     def __init__(
@@ -101,8 +101,7 @@ class Simulation:
         def evaluate_and_tell(info: RoundInfo) -> None:
             trained = info.round_num if info.is_fine_tuning else info.round_num - 1
             self._folder.record(device.name, trained, self._evaluate(device))
-            if not info.is_fine_tuning:
-                self._on_round(device, info)
+            self._on_round(device, info)
 
         return EdgeClient(
             server.url,

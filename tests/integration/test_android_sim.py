@@ -111,6 +111,7 @@ def test_a_personal_head_and_what_fine_tuning_comes_to(tmp_path: Path) -> None:
     assert (summary["scheme"], summary["private_blocks"]) == ("personal", ["head-personal"])
     for device in summary["devices"].values():
         assert {*device["blocks_held"]} == {*device["traffic"], "head-personal"}
+    assert "fine-tuning: every device alone" in done.stderr
     assert "F1 fine-tuned" in done.stdout and f"→ {means[2]:.3f} fine-tuned in" in done.stdout
 
 
