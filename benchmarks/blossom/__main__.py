@@ -19,7 +19,7 @@ from examples.android_sim.regimes import REGIMES
 from petalfl.errors import PetalError
 
 from .artifacts import find
-from .cells import MISSING, SCHEDULES, Cell, grid
+from .cells import SCHEDULES, Cell, grid
 from .datasets import DATASETS, find_dataset, load
 from .results import Line, Results, key_of
 from .runner import run_cells
@@ -208,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
         "--missing",
         type=_list,
         default=["mask"],
-        help=f"of {','.join(MISSING)}; default mask. In regime complete only the first is run",
+        help="of mask (left out of the attention), zero (a zero embedding), untrained (what the "
+        "initial encoder makes of zeros, as in the paper's code); default mask. In regime complete "
+        "only the first is run",
     )
     add("--partition", type=_list, default=["natural"],
         help="natural, iid or dirichlet:ALPHA; default natural")  # fmt: skip

@@ -22,7 +22,7 @@ from .schemes import find_scheme
 PROTOCOL = 1
 """Raised when a cell of the same configuration would come to other figures."""
 
-MISSING, SCHEDULES = ("mask", "zero"), ("constant", "cosine")
+MISSING, SCHEDULES = ("mask", "zero", "untrained"), ("constant", "cosine")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import shutil
 import tempfile
@@ -64,6 +65,40 @@ class ZeroFilled(nn.Module):
         return fused
 
 
+class Untrained(nn.Module):
+    """An attention fusion that takes an absent modality for what its encoder first makes of zeros.
+
+    Args:
+        encoders: By modality, in the fusion's order; with their initial values.
+        examples: By modality: ``(b, …)``.
+
+    Source:
+        BLOSSOM's released code, whose clients run the initial encoder on zeros in training. (In
+        evaluation they run the global one; here the constant stays.)
+    """
+
+    def __init__(
+        self, fusion: nn.Module, encoders: Mapping[str, nn.Module], examples: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.modalities = tuple(encoders)
+        for name, encoder in encoders.items():
+            fresh = copy.deepcopy(encoder).eval()
+            with torch.no_grad():
+                constant = fresh(torch.zeros_like(examples[name][:1]))  # (1, d)
+            self.register_buffer(name, constant, persistent=False)
+
+    def forward(self, embeddings: Mapping[str, Tensor], present: Tensor) -> Tensor:
+        """Fuses; ``present`` is ``(b, M)``, 1 where the modality is there, else 0."""
+        filled = {
+            name: torch.where(present[:, n : n + 1] > 0.5, embeddings[name], getattr(self, name))
+            for n, name in enumerate(self.modalities)
+        }
+        fused: Tensor = self.fusion(filled, torch.ones_like(present))
+        return fused
+
+
 def build(dataset: str, missing: str, seed: int, has_personal_head: bool = False) -> BlockModel:
     """A data set's model; whatever the variant, a seed begins with the same values.
 
@@ -73,12 +108,17 @@ def build(dataset: str, missing: str, seed: int, has_personal_head: bool = False
     about = find_dataset(dataset)
     module, _, factory = about.model.partition(":")
     model: BlockModel = getattr(importlib.import_module(module), factory)(seed)
-    fusion = model.fusion
+    encoders, fusion = dict(model.encoders.items()), model.fusion
     assert fusion is not None
+    if missing == "zero":
+        fusion = ZeroFilled(fusion)
+    elif missing == "untrained":
+        fusion = Untrained(fusion, encoders, model.examples)
+    variant = "" if missing == "mask" else f"-{missing}"
     return BlockModel(
-        name=f"{model.name}{'-zero' * (missing == 'zero')}{'-two' * has_personal_head}",
-        encoders=dict(model.encoders.items()),
-        fusion=ZeroFilled(fusion) if missing == "zero" else fusion,
+        name=f"{model.name}{variant}{'-two' * has_personal_head}",
+        encoders=encoders,
+        fusion=fusion,
         head=model.head,
         examples=model.examples,
         class_names=about.class_names,
@@ -97,13 +137,14 @@ def prepare(
 ) -> Path:
     """The artifacts of a data set's model with the initial values of a seed.
 
-    The graphs are exported once and kept in ``cache``; other seeds only replace the values.
+    The graphs are exported once and kept in ``cache``; other seeds only replace the values, but
+    where initial values are in the graphs: of missing ``untrained``.
     """
     folder, is_there = find(cache, dataset, missing, seed, has_personal_head)
     if is_there:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    if seed == 0:
+    if seed == 0 or missing == "untrained":
         progress(f"exporting the model of {dataset}, {missing}{', two heads' * has_personal_head}")
         export_model(build(dataset, missing, seed, has_personal_head), folder)
         return folder

@@ -138,8 +138,9 @@ def differences_table(setting: Setting) -> str:
             f"{better} – {worse}": [setting.of(s, regime, missing) for s in (better, worse)]
             for better, worse in PAIRS
         }
-        if missing == "zero":
-            pairs["fm, mask – zero"] = [setting.of("fm", regime, m) for m in ("mask", "zero")]
+        if missing != "mask":
+            treatments = ("mask", missing)
+            pairs[f"fm, mask – {missing}"] = [setting.of("fm", regime, m) for m in treatments]
         for name, (a, b) in pairs.items():
             cells = [name, _heading(regime, missing)]
             for stage in setting.stages:

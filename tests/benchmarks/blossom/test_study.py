@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.blossom import datasets
 from benchmarks.blossom.artifacts import with_values
 from benchmarks.blossom.cells import Cell, grid
 from benchmarks.blossom.members import deal
-from benchmarks.blossom.models import prepare
+from benchmarks.blossom.models import build, prepare
 from benchmarks.blossom.schemes import SCHEMES, Finish, OwnData, interpolate, stop_early
 from benchmarks.blossom.simulation import Device, train_alone
 from benchmarks.blossom.study import run_cell
@@ -111,6 +112,30 @@ def test_zero_and_incomplete_modalities_reach_the_devices() -> None:
         assert tuple(map(kinds.count, [("a",), ("b",), ("a", "b")])) == counts
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_untrained_encoder_answers_for_an_absent_modality(seed: int, tmp_path: Path) -> None:
+    """By the initial values of the seed."""
+    artifacts = prepare("tiny", "untrained", seed, tmp_path / "cache")
+    data = examples(0, 0, 4).only(["a"])
+    device = Device("p", tmp_path / "p", artifacts, (), data)
+    plain = build("tiny", "mask", seed).eval()
+    assert plain.fusion is not None
+    with torch.no_grad():
+        seen = plain.encoders["a"](torch.from_numpy(data.inputs["a"]))
+        zeros = torch.zeros_like(plain.examples["b"][:1])
+        constant = plain.encoders["b"](zeros).expand(len(seen), -1)
+        fused = plain.fusion({"a": seen, "b": constant}, torch.ones(len(seen), 2))
+        expected = plain.head(fused).softmax(dim=1).numpy()
+    try:
+        weights = initial_weights(artifacts, device.model.manifest)
+        device.keep({name: weight.vector for name, weight in weights.items()})
+        found = device.model.predict_proba(data.inputs)
+    finally:
+        device.close()
+    assert np.abs(constant.numpy()).max() > 0.1  # not what zero-fill would do
+    assert np.allclose(found, expected, atol=1e-5)
+
+
 def test_an_unseen_person_begins_with_what_is_shared(small_artifacts: Path, tmp_path: Path) -> None:
     manifest = ModelManifest.load(small_artifacts)
     shared = {b.name: np.full(b.size, 0.5, np.float32) for b in manifest.blocks}
@@ -188,7 +213,7 @@ def test_artifacts_with_other_values(small_artifacts: Path, tmp_path: Path) -> N
         ({"dataset": "har"}, "dataset 'har': expected one of watch"),
         ({"scheme": "fedavg"}, "scheme 'fedavg': expected one of fm, ph"),
         ({"regime": "none"}, "regime 'none': expected one of complete"),
-        ({"missing": "mean"}, "missing 'mean': expected one of mask, zero"),
+        ({"missing": "mean"}, "missing 'mean': expected one of mask, zero, untrained"),
         ({"partition": "dirichlet"}, "partition 'dirichlet': expected natural"),
         ({"data_fraction": 0.0}, "data fraction 0: expected in"),
         ({"data_fraction": float("nan")}, "data fraction nan: expected in"),
