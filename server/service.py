@@ -111,6 +111,8 @@ async def serve(
         apps, admin_token = [], secrets.token_urlsafe(24)
         for name in names:
             federation, state = federations[name], states[name]
+            for device in state.all_cut_off():  # a crash, or the broker's, may have left the login
+                _end_login(broker, device)
             cut_off = functools.partial(_cut_off, broker, state)
             downloads = Downloads(transport, name, Catalog(federation, state))
             stack.push_async_callback(downloads.close)
@@ -155,6 +157,10 @@ def _cut_off(broker: Broker, state: ServerState, device: str) -> None:
         state.cut_off(device)
     except sqlite3.Error as error:  # the disk is full, say
         log.error("cannot note that device %s is cut off: %s", device, error)
+    _end_login(broker, device)
+
+
+def _end_login(broker: Broker, device: str) -> None:
     _in_background(broker.revoke(device), f"device {device} keeps its login")
 
 

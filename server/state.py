@@ -170,6 +170,10 @@ class ServerState:
         query = "INSERT OR IGNORE INTO cut_off SELECT name FROM devices WHERE name = ?"
         self._db.execute(query, (name,))
 
+    def all_cut_off(self) -> list[str]:
+        """The enrolled devices that have lost their login."""
+        return [str(row[0]) for row in self._db.execute("SELECT device FROM cut_off")]
+
     def is_cut_off(self, name: str) -> bool:
         """Whether an enrolled device has lost its login."""
         query = "SELECT 1 FROM cut_off WHERE device = ?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from petalfl import EdgeClient, EnrollError, PetalError
+from petalfl.errors import TransportError
+from petalfl.mqtt import Endpoint, MqttTransport
+from petalfl.store import DeviceStore
 from server import __main__ as cli
+from server.state import ServerState
 from tests.integration.harness import running_server
 from tests.mosquitto import missing_mosquitto, mosquitto
 from tests.petalfl.clients import Make, is_ready, until
@@ -60,3 +65,50 @@ def test_a_revoked_device_is_out(
             server.start()
             with pytest.raises(EnrollError, match="its credential was revoked"):
                 make(server, "lost", url=server.url).run()
+
+
+@pytest.mark.parametrize("broker", ["embedded", MOSQUITTO])
+def test_a_login_that_outlived_a_crash_ends_at_the_next_start(
+    small_artifacts: Path, tmp_path: Path, make: Make, broker: str
+) -> None:
+    """The server notes that a device is cut off, and dies before the broker hears of it."""
+    (tmp_path / "broker").mkdir()
+    data_dir = tmp_path / "server"
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(mosquitto(tmp_path / "broker")) if broker != "embedded" else ""
+        arguments = ("--broker", url) if url else ()
+        server = stack.enter_context(running_server(small_artifacts, data_dir, *arguments))
+        for name in ("flooder", "other"):
+            client = make(server, name)
+            session = client._enter()
+            client.close()
+        endpoint = Endpoint(session.mqtt_host, session.mqtt_port)
+        assert may_connect(endpoint, tmp_path / "flooder")
+        server.stop()
+        state = ServerState(data_dir)
+        state.cut_off("flooder")
+        state.close()
+        server.start()
+        until(lambda: not may_connect(endpoint, tmp_path / "flooder"), "the login's end", 30)
+        assert may_connect(endpoint, tmp_path / "other")
+
+
+def may_connect(endpoint: Endpoint, folder: Path) -> bool:
+    """Whether the broker takes the login that a device's store has."""
+    store = DeviceStore(folder)
+    identity = store.read_identity()
+    store.close()
+    assert identity is not None
+    name, login = identity.device, (identity.device, identity.password)
+
+    async def connect() -> bool:
+        transport = MqttTransport(endpoint, login=login, client_id=name)
+        try:
+            await transport.connect()
+        except TransportError as error:
+            assert "refuses the login" in str(error), error
+            return False
+        await transport.close()
+        return True
+
+    return asyncio.run(connect())
