@@ -92,7 +92,7 @@ def draw_curves(setting: Setting, path: Path) -> None:
         figsize=(4.2 * len(columns), 3.6), dpi=100, layout="constrained"
     )
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    which = {"macro_f1": 1, "accuracy": 2}[setting.metric]
+    which = tables.COLUMNS[setting.metric]
     color_of = {s: matplotlib.colormaps["tab20"](n) for n, s in enumerate(setting.schemes())}
     drawn: dict[str, matplotlib.lines.Line2D] = {}
     for axes, (regime, missing) in zip(panels, columns, strict=True):

@@ -132,6 +132,7 @@ def scores_table(setting: Setting, stage: str) -> str:
 
 def differences_table(setting: Setting) -> str:
     """Paired differences, seed by seed, in points; and the relative gain next to the paper's."""
+    on_the_way = _rounds_on_the_way(setting)
     rows = []
     for regime, missing in setting.columns():
         pairs = {
@@ -139,20 +140,34 @@ def differences_table(setting: Setting) -> str:
             for better, worse in PAIRS
         }
         if missing != "mask":
-            treatments = ("mask", missing)
-            pairs[f"fm, mask – {missing}"] = [setting.of("fm", regime, m) for m in treatments]
+            pairs |= {
+                f"{scheme}, mask – {missing}": [
+                    setting.of(scheme, regime, treatment) for treatment in ("mask", missing)
+                ]
+                for scheme in setting.schemes()
+            }
         for name, (a, b) in pairs.items():
             cells = [name, _heading(regime, missing)]
+            cells += [_paired(a, b, num_rounds, setting.metric) for num_rounds in on_the_way]
             for stage in setting.stages:
                 cells += [_paired(a, b, stage, setting.metric), ""]
                 if name.endswith("– fm") and regime in PAPER_GAINS and missing == "mask":
                     cells[-1] = _relative(a, b, stage, setting.metric)
             if a.keys() & b.keys():
                 rows.append(cells)
-    headings = ["difference", "regime"]
+    headings = ["difference", "regime", *(f"{n} rounds" for n in on_the_way)]
     for name in setting.stages.values():
         headings += [name, "gain"]
     return _table(headings, rows) if rows else ""
+
+
+def _rounds_on_the_way(setting: Setting) -> list[int]:
+    """The points of the curves next to a quarter, half and three quarters of the rounds."""
+    curves = ({point[0] for point in line["curve"]} for line in setting.lines)
+    common = sorted(set.intersection(*curves))
+    num_rounds = setting.common["rounds"]
+    nearest = (min(common, key=lambda n: abs(n - part * num_rounds)) for part in (0.25, 0.5, 0.75))
+    return sorted({*nearest} - {0, num_rounds})
 
 
 def paper_gains() -> str:
@@ -223,12 +238,14 @@ def codecs_table(lines: Iterable[Line]) -> str:
     return _table(headings, rows) if rows else ""
 
 
+COLUMNS = {"macro_f1": 1, "accuracy": 2}  # of a curve; before them its rounds
+
+
 def is_rising(line: Line, metric: str) -> bool:
     """Whether the curve gains more than `RISING_POINTS` in its last fifth over the fifth before."""
-    column = {"macro_f1": 1, "accuracy": 2}[metric]
     curve, end = line["curve"], line["cell"]["rounds"]
-    last = [point[column] for point in curve if point[0] > 0.8 * end]
-    before = [point[column] for point in curve if 0.6 * end < point[0] <= 0.8 * end]
+    last = [point[COLUMNS[metric]] for point in curve if point[0] > 0.8 * end]
+    before = [point[COLUMNS[metric]] for point in curve if 0.6 * end < point[0] <= 0.8 * end]
     if not last or not before:
         return True  # nobody knows
     return bool(100 * (np.mean(last) - np.mean(before)) > RISING_POINTS)
@@ -252,9 +269,15 @@ def _mb_up(lines: Iterable[Line]) -> float:
     return float(np.mean(of_cells)) / 1e6
 
 
-def _paired(a: Mapping[int, Line], b: Mapping[int, Line], stage: str, metric: str) -> str:
-    seeds = sorted(a.keys() & b.keys())
-    values = [100 * (a[s][stage][metric] - b[s][stage][metric]) for s in seeds]
+def _paired(a: Mapping[int, Line], b: Mapping[int, Line], at: str | int, metric: str) -> str:
+    """At a stage of `Setting.stages`, or after so many rounds of the curve."""
+
+    def score(line: Line) -> float:
+        if isinstance(at, str):
+            return float(line[at][metric])
+        return float(next(p[COLUMNS[metric]] for p in line["curve"] if p[0] == at))
+
+    values = [100 * (score(a[seed]) - score(b[seed])) for seed in sorted(a.keys() & b.keys())]
     text = mean_and_spread(values)
     return text if text.startswith("-") or not values else f"+{text}"
 

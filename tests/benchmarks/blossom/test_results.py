@@ -92,9 +92,11 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| scheme | exclusive, mask |\n| --- | --- |\n| `fm` | 60.0 ± 10.0 |" in text
     assert "| `phf` | 70.0 ± 10.0 |\n| `local` | 50.0 (1) |" in text  # after the last round
     assert "gains over the full model (the paper's, on average: incomplete +18.7 %, " in text
-    row = "| phf – fm | exclusive, mask | +20.0 ± 0.0 | +40.0 % | +20.0 ± 0.0 | +33.3 % |"
+    way = " | ".join(["+20.0 ± 0.0"] * 3)
+    row = f"| phf – fm | exclusive, mask | {way} | +20.0 ± 0.0 | +40.0 % | +20.0 ± 0.0 | +33.3 % |"
     assert row in text
-    assert "| phf – local | exclusive, mask | +10.0 (1) |  | +10.0 (1) |  |" in text
+    way = " | ".join(["+10.0 (1)"] * 3)
+    assert f"| phf – local | exclusive, mask | {way} | +10.0 (1) |  | +10.0 (1) |  |" in text
     assert "| `fm` | exclusive, mask | acc | 60.0 ± 10.0 |" in text
     assert "| modalities | day one | 1 local round | 3 local rounds | 10 local rounds |" in text
     assert "| `phf` | exclusive, mask | 2.00 | 70.0 | 35.00 |" in text
@@ -113,7 +115,20 @@ def test_without_a_finish_there_is_nothing_after_it(tmp_path: Path) -> None:
     write_report([line(s, 0, finish_epochs=0) for s in ("fm", "phf")], page)
     text = page.read_text()
     assert "After the last round:" in text and "fter the finish" not in text
-    assert "| difference | regime | after the last round | gain |" in text
+    assert "| 7 rounds | after the last round | gain |" in text
+
+
+def test_differences_on_the_way_and_between_treatments_of_what_is_missing(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text(f"{BEGIN}{END}")
+    masked, filled = line("fm", 0, 0.7), line("fm", 0, 0.5)
+    filled["cell"]["missing"] = "zero"
+    filled["curve"] = [[n, 0.01 * n, 0.5] for n in range(11)]
+    write_report([masked, filled], page)
+    text = page.read_text()
+    assert "| difference | regime | 2 rounds | 5 rounds | 7 rounds | after the last round |" in text
+    row = "| fm, mask – zero | exclusive, zero | +58.0 (1) | +55.0 (1) | +53.0 (1) | +20.0 (1) |"
+    assert row in text
 
 
 def test_the_command_of_a_table_runs_its_cells() -> None:
