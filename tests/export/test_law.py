@@ -150,21 +150,52 @@ TorchOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, tuple[Hyperparameters, TorchOptimizer]] = {
     "sgd": (
-        Hyperparameters(0.05, momentum=0.9, weight_decay=1e-3, batch_size=16),
+        Hyperparameters(0.05, momentum=0.9, weight_decay=1e-3, batch_size=4),
         lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
     ),
     "sgd-nesterov": (
-        Hyperparameters(0.05, momentum=0.8, weight_decay=0.0, batch_size=16, nesterov=True),
+        Hyperparameters(0.05, momentum=0.8, weight_decay=0.0, batch_size=4, nesterov=True),
         lambda p: torch.optim.SGD(p, 0.05, momentum=0.8, nesterov=True),
     ),
     "adamw": (
-        # An epsilon above the rounding noise of a gradient that is 0: AdamW divides by it.
+        # An epsilon far above the rounding noise of a gradient: AdamW divides by their sum.
         Hyperparameters(
-            0.01, weight_decay=0.1, batch_size=16, optimizer="adamw", beta1=0.8, epsilon=1e-4
+            0.01, weight_decay=0.1, batch_size=4, optimizer="adamw", beta1=0.8, epsilon=1e-2
         ),
-        lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.999), eps=1e-4, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.999), eps=1e-2, weight_decay=0.1),
     ),
 }
+
+
+CLEAR = 1e-6  # results of different processors were seen to part below 3e-7
+
+
+class Margin:
+    """How near PyTorch's own forward passes came to another choice.
+
+    Attributes:
+        least: Between a maximum and what it was chosen from, or a value and a ReLU's zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.least = math.inf
+        for layer in model.modules():
+            if isinstance(layer, nn.MaxPool1d):  # of what a ReLU puts out, two by two
+                layer.register_forward_hook(self._pooled)
+            elif isinstance(layer, nn.ReLU):
+                layer.register_forward_hook(self._rectified)
+
+    def _pooled(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pairs = inputs[0].detach().unfold(2, 2, 2)  # (b, channels, t / 2, 2)
+        most, least = pairs.amax(dim=3), pairs.amin(dim=3)
+        self._note(torch.minimum(most - least, most)[most > 0])  # all zero: there is no gradient
+
+    def _rectified(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if inputs[0].ndim == 2:  # of what is pooled, the pooling says more
+            self._note(inputs[0].detach().abs())
+
+    def _note(self, margins: Tensor) -> None:
+        self.least = min(self.least, float(margins.min()))
 
 
 def compare_training(
@@ -174,27 +205,37 @@ def compare_training(
     manifest: ModelManifest,
     folder: Path,
     *,
-    num_examples: int = 72,
+    num_examples: int = 18,
     shared: tuple[str, ...] = (),
     before_step: Callable[[BlockModel, Mapping[str, Tensor]], None] = lambda model, start: None,
 ) -> int:
-    """Trains on the artifacts, then PyTorch on the same batches; gives the batches' number."""
-    model = watch(seed=3)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    before = {name: vector.copy() for name, vector in vectors_of(model).items()}
-    data = draw(model, manifest, modalities, num_examples, seed=1)
-    recorder = Recorder(folder)
-    result = train(
-        recorder, manifest, vectors_of(model), ArrayData(data.inputs, data.labels),
-        hyperparameters, np.random.default_rng(0), shared=shared,
-    )  # fmt: skip
-    optimizer = make_optimizer([p for b in model.blocks() for p in b.module.parameters()
-                                if b.name in result.parameters])  # fmt: skip
-    losses = []
-    for batch in recorder.batches:
-        losses.append(torch_step(model, in_order(batch, modalities)).loss)
-        before_step(model, start)
-        optimizer.step()
+    """Trains on the artifacts, then PyTorch on the same batches; gives the batches' number.
+
+    On the first data whose every decision of a pooling or a ReLU is `CLEAR`: where two values are
+    equal but for rounding, either gradient is right, and which comes out is the processor's choice.
+    """
+    for seed in range(1, 50):
+        model = watch(seed=3)
+        margin = Margin(model)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        before = {name: vector.copy() for name, vector in vectors_of(model).items()}
+        data = draw(model, manifest, modalities, num_examples, seed=seed)
+        recorder = Recorder(folder)
+        result = train(
+            recorder, manifest, vectors_of(model), ArrayData(data.inputs, data.labels),
+            hyperparameters, np.random.default_rng(0), shared=shared,
+        )  # fmt: skip
+        optimizer = make_optimizer([p for b in model.blocks() for p in b.module.parameters()
+                                    if b.name in result.parameters])  # fmt: skip
+        losses = []
+        for batch in recorder.batches:
+            losses.append(torch_step(model, in_order(batch, modalities)).loss)
+            before_step(model, start)
+            optimizer.step()
+        if margin.least > CLEAR:
+            break
+    else:
+        raise AssertionError(f"no data of these seeds is clear: the last has {margin.least}")
     after = vectors_of(model)
     assert result.parameters.keys() == {*recorder.batches[0].masks}
     for name, vector in result.parameters.items():
@@ -222,7 +263,7 @@ def test_clipping_is_clip_grad_norm(manifest: ModelManifest, watch_artifacts: Pa
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.2)))
 
     hyperparameters = Hyperparameters(
-        0.5, momentum=0.9, weight_decay=0.0, batch_size=16, max_grad_norm=0.2
+        0.5, momentum=0.9, weight_decay=0.0, batch_size=4, max_grad_norm=0.2
     )
     compare_training(
         hyperparameters, lambda p: torch.optim.SGD(p, 0.5, momentum=0.9), SUBSETS[0], manifest,
@@ -240,7 +281,7 @@ def test_fedprox_pulls_shared_blocks_to_the_start(
                 p.grad += p.detach() - start[name]
 
     hyperparameters = Hyperparameters(
-        0.05, momentum=0.9, weight_decay=0.0, batch_size=16, proximal_mu=1.0
+        0.05, momentum=0.9, weight_decay=0.0, batch_size=4, proximal_mu=1.0
     )
     compare_training(
         hyperparameters, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), SUBSETS[0], manifest,
