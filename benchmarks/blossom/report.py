@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from .results import Line
 from .tables import Setting, settings_of
 
 BEGIN, END = "<!-- tables: python -m benchmarks.blossom report -->", "<!-- end of tables -->"
+PANELS_ACROSS = 3
 
 
 def write_report(lines: Sequence[Line], page: Path) -> list[Path]:
@@ -86,29 +88,42 @@ def ran_on(lines: Sequence[Line]) -> str:
 
 
 def draw_curves(setting: Setting, path: Path) -> None:
-    """The metric after each round, a panel for each regime; the band is ± a standard deviation."""
-    columns = setting.columns()
+    """The metric after each round, a panel for each regime; the band is ± a standard deviation.
+
+    The axis begins where the curves are after a fifth of the rounds: what comes before is steep.
+    """
+    columns, schemes = setting.columns(), setting.schemes()
+    across = min(len(columns), PANELS_ACROSS)
+    down = math.ceil(len(columns) / across)
     figure = matplotlib.figure.Figure(
-        figsize=(4.2 * len(columns), 3.6), dpi=100, layout="constrained"
+        figsize=(4.2 * across, 3.6 * down), dpi=100, layout="constrained"
     )
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(down, across, sharey=True, squeeze=False)
     which = tables.COLUMNS[setting.metric]
-    color_of = {s: matplotlib.colormaps["tab20"](n) for n, s in enumerate(setting.schemes())}
+    palette = matplotlib.colormaps["tab10" if len(schemes) <= 10 else "tab20"]
+    color_of = {scheme: palette(n) for n, scheme in enumerate(schemes)}
     drawn: dict[str, matplotlib.lines.Line2D] = {}
-    for axes, (regime, missing) in zip(panels, columns, strict=True):
-        for scheme in setting.schemes():
+    lowest = 100.0
+    for axes, (regime, missing) in zip(panels.flat, columns, strict=False):
+        for scheme in schemes:
             lines = setting.of(scheme, regime, missing).values()
             if not lines:
                 continue
-            rounds = [point[0] for point in next(iter(lines))["curve"]]
+            rounds = np.array([point[0] for point in next(iter(lines))["curve"]])
             scores = 100 * np.array([[point[which] for point in x["curve"]] for x in lines])
-            mean, spread = scores.mean(axis=0), scores.std(axis=0)
+            mean = scores.mean(axis=0)
+            spread = scores.std(axis=0, ddof=min(1, len(scores) - 1))
             color = color_of[scheme]
             (drawn[scheme],) = axes.plot(rounds, mean, label=scheme, color=color)
             axes.fill_between(rounds, mean - spread, mean + spread, alpha=0.15, color=color)
-        axes.set(title=f"{regime}, {missing}", xlabel="rounds", ylim=(0, 100))
+            lowest = min(lowest, (mean - spread)[rounds >= rounds[-1] / 5].min())
+        axes.set_title(f"{regime}, {missing}")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"{setting.metric}, points")
+    panels[0, 0].set_ylim(max(0, lowest), 100)
+    for axes in panels.flat[len(columns) :]:
+        axes.remove()
+    figure.supxlabel("rounds")
+    figure.supylabel(f"{setting.metric}, points")
     figure.legend(handles=[*drawn.values()], loc="outside right upper", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
