@@ -103,7 +103,7 @@ def draw_curves(setting: Setting, path: Path) -> None:
     palette = matplotlib.colormaps["tab10" if len(schemes) <= 10 else "tab20"]
     color_of = {scheme: palette(n) for n, scheme in enumerate(schemes)}
     drawn: dict[str, matplotlib.lines.Line2D] = {}
-    lowest = 100.0
+    lowest = 99.0  # an axis needs a length where all curves are at 100
     for axes, (regime, missing) in zip(panels.flat, columns, strict=False):
         for scheme in schemes:
             lines = setting.of(scheme, regime, missing).values()
